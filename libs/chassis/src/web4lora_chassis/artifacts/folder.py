@@ -1,0 +1,142 @@
+"""A folder as the artifact store's back end: files are linked in and out, not copied."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from web4lora_chassis.artifacts.manifest import FileEntry, hash_file
+from web4lora_chassis.artifacts.store import Advance
+from web4lora_chassis.errors import DataLoss, InvalidInput, NotFound, ResourceExhausted
+
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
+
+
+class FolderBackend:
+    """Keys are paths below a folder. Stored files are read-only, because others may hold links to them."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.url = root.as_uri()
+
+    def put_file(self, key: str, source: Path, entry: FileEntry, advance: Advance, *, link: bool) -> None:
+        """Link a file into the folder, or copy it; see `Backend.put_file`."""
+        place = self._place(key)
+        if not (
+            place.is_file() and place.stat().st_size == entry.size_bytes and hash_file(place) == entry.sha256
+        ):
+            self._bring(source, place, entry, link=link)
+        advance(entry.size_bytes)
+
+    def get_file(self, key: str, target: Path, entry: FileEntry, advance: Advance) -> None:
+        """Link a file out of the folder, or copy it to another file system; see `Backend.get_file`."""
+        place = self._place(key)
+        if not place.is_file():
+            raise NotFound(f"{key} is not in the store {self.url}.")
+        self._bring(place, target, entry, link=True)
+        advance(entry.size_bytes)
+
+    def read(self, key: str, limit_bytes: int) -> bytes:
+        """Return a small file; see `Backend.read`."""
+        try:
+            with self._place(key).open("rb") as file:
+                data = file.read(limit_bytes + 1)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise NotFound(f"{key} is not in the store {self.url}.") from error
+        if len(data) > limit_bytes:
+            raise DataLoss(f"{key} in {self.url} is larger than the {limit_bytes} bytes it may have.")
+        return data
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write a small file and put it in place at once; see `Backend.write`."""
+        place = self._place(key)
+        part = self._part(place)
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(place)
+        except OSError as error:
+            raise _disk_error(error, place) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Yield the files below a prefix; see `Backend.keys`."""
+        base = self._place(prefix)
+        for folder, folders, names in os.walk(base):
+            folders.sort()
+            for name in sorted(names):
+                if not name.startswith(".part-"):
+                    yield (Path(folder) / name).relative_to(self._root).as_posix()
+
+    def delete(self, key: str) -> None:
+        """Remove a file and the folders that this leaves empty; see `Backend.delete`."""
+        place = self._place(key)
+        place.unlink(missing_ok=True)
+        for folder in place.parents:
+            if folder == self._root:
+                break
+            try:
+                folder.rmdir()
+            except OSError:
+                break  # not empty, or gone already
+
+    def _place(self, key: str) -> Path:
+        place = (self._root / key).absolute()
+        if ".." in Path(key).parts or not place.is_relative_to(self._root):
+            raise InvalidInput(f"The key {key!r} leaves the store.")
+        return place
+
+    def _part(self, place: Path) -> Path:
+        """Return a new file beside a place, which no reader sees."""
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".part-", dir=place.parent)
+        except OSError as error:
+            raise _disk_error(error, place) from error
+        os.close(handle)
+        return Path(name)
+
+    def _bring(self, source: Path, place: Path, entry: FileEntry, *, link: bool) -> None:
+        """Link or copy a file to a place, verified before it is seen there."""
+        part = self._part(place)
+        try:
+            if not (link and _linked(source, part)):
+                shutil.copyfile(source, part)
+            if part.stat().st_size != entry.size_bytes or hash_file(part) != entry.sha256:
+                raise DataLoss(f"{source} is not what its digest says: expected sha256 {entry.sha256[:12]}….")
+            part.chmod(0o444)
+            part.replace(place)
+        except OSError as error:
+            raise _disk_error(error, place) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _linked(source: Path, part: Path) -> bool:
+    """Make `part` a hard link to `source`; return False where the file system can't."""
+    part.unlink()
+    try:
+        os.link(source.resolve(), part)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        return False
+    return True
+
+
+def _disk_error(error: OSError, place: Path) -> Exception:
+    """Say what a failed write means."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceExhausted(
+            f"The disk is full: {place} could not be written.", fix="Free disk space.", reason="DISK_FULL"
+        )
+    if isinstance(error, FileNotFoundError):
+        return NotFound(f"{error.filename} is not there.")
+    return ResourceExhausted(f"{place} could not be written: {error.strerror}.", reason="STORE_NOT_WRITABLE")

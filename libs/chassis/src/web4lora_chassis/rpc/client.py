@@ -1,0 +1,114 @@
+"""gRPC channels to our services: token, TLS, keep-alive, and retries of what is safe to repeat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from web4lora_chassis.settings import Settings
+
+# Every RPC of the contract is safe to repeat (Create by its request_id), so an unreachable service is retried.
+_SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{}],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.2s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+_OPTIONS = [
+    ("grpc.service_config", _SERVICE_CONFIG),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class _Token(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+    """Shows the token with every call of a blocking channel."""
+
+    def __init__(self, token: str) -> None:
+        self._metadata = (("authorization", f"Bearer {token}"),)
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(_with(details, self._metadata), request)
+
+    def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(_with(details, self._metadata), request)
+
+
+class _AsyncToken(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+    """Shows the token with every single-answer call of an asyncio channel."""
+
+    def __init__(self, token: str) -> None:
+        self._metadata = (("authorization", f"Bearer {token}"),)
+
+    async def intercept_unary_unary(
+        self, continuation: Callable[..., Any], details: Any, request: Any
+    ) -> Any:
+        return await continuation(_with(details, self._metadata), request)
+
+
+class _AsyncStreamToken(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc]
+    """Shows the token with every streaming call of an asyncio channel."""
+
+    def __init__(self, token: str) -> None:
+        self._metadata = (("authorization", f"Bearer {token}"),)
+
+    async def intercept_unary_stream(
+        self, continuation: Callable[..., Any], details: Any, request: Any
+    ) -> Any:
+        return await continuation(_with(details, self._metadata), request)
+
+
+def channel(address: str, settings: Settings) -> grpc.Channel:
+    """Return a blocking channel to a service."""
+    credentials = _credentials(settings)
+    plain = (
+        grpc.secure_channel(address, credentials, options=_OPTIONS)
+        if credentials
+        else grpc.insecure_channel(address, options=_OPTIONS)
+    )
+    token = settings.token.get_secret_value()
+    return grpc.intercept_channel(plain, _Token(token)) if token else plain
+
+
+def async_channel(address: str, settings: Settings) -> grpc.aio.Channel:
+    """Return an asyncio channel to a service."""
+    token = settings.token.get_secret_value()
+    interceptors = [_AsyncToken(token), _AsyncStreamToken(token)] if token else []
+    credentials = _credentials(settings)
+    if credentials:
+        return grpc.aio.secure_channel(address, credentials, options=_OPTIONS, interceptors=interceptors)
+    return grpc.aio.insecure_channel(address, options=_OPTIONS, interceptors=interceptors)
+
+
+def _with(details: Any, metadata: tuple[tuple[str, str], ...]) -> Any:
+    return details._replace(metadata=(*(details.metadata or ()), *metadata))
+
+
+def _credentials(settings: Settings) -> grpc.ChannelCredentials | None:
+    if not settings.tls_authority_file:
+        return None
+    mutual = settings.tls_certificate_file and settings.tls_key_file
+    return grpc.ssl_channel_credentials(
+        root_certificates=settings.tls_authority_file.read_bytes(),
+        private_key=settings.tls_key_file.read_bytes() if mutual and settings.tls_key_file else None,
+        certificate_chain=settings.tls_certificate_file.read_bytes()
+        if mutual and settings.tls_certificate_file
+        else None,
+    )

@@ -1,0 +1,65 @@
+"""One table between our errors and gRPC status codes, used in both directions.
+
+Every status carries `google.rpc.ErrorInfo`: the reason, the domain `web4.lora`, and the metadata, in which
+`fix` says what to do.
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from web4lora_chassis import errors
+
+DOMAIN = "web4.lora"
+
+_CODES: dict[type[errors.Web4Error], grpc.StatusCode] = {
+    errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.DataLoss: grpc.StatusCode.DATA_LOSS,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.Cancelled: grpc.StatusCode.CANCELLED,
+    errors.Internal: grpc.StatusCode.INTERNAL,
+}
+_CLASSES = {code: kind for kind, code in _CODES.items() if kind is not errors.OutOfMemory}
+
+
+def status_of(error: errors.Web4Error) -> status_pb2.Status:
+    """Return the gRPC status that tells a client of an error."""
+    code = next((code for kind, code in _CODES.items() if type(error) is kind), grpc.StatusCode.INTERNAL)
+    metadata = dict(error.metadata)
+    if error.fix:
+        metadata["fix"] = error.fix
+    info = any_pb2.Any()
+    info.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    return status_pb2.Status(code=code.value[0], message=error.message, details=[info])
+
+
+def error_of(call: grpc.RpcError, service: str = "the service") -> errors.Web4Error:
+    """Return the error that a failed call stands for.
+
+    Args:
+        call: What the gRPC library raised.
+        service: Whom the call went to, for messages of gRPC's own.
+    """
+    code = call.code() if isinstance(call, grpc.Call | grpc.aio.AioRpcError) else grpc.StatusCode.UNKNOWN
+    text = (call.details() if isinstance(call, grpc.Call | grpc.aio.AioRpcError) else str(call)) or code.name
+    kind = _CLASSES.get(code, errors.Internal)
+    status = rpc_status.from_call(call) if isinstance(call, grpc.Call | grpc.aio.AioRpcError) else None
+    for detail in status.details if status else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            metadata = dict(info.metadata)
+            return kind(text, fix=metadata.pop("fix", ""), reason=info.reason, metadata=metadata)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return errors.Unavailable(
+            f"{service} is out of reach: {text}", fix="Is it running? `web4lora status` tells."
+        )
+    return kind(f"{service}: {text}")
