@@ -6,7 +6,9 @@ reaches a client as the same class.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -105,3 +107,24 @@ class Internal(Web4Error):
     """A defect of ours."""
 
     default_reason = "INTERNAL"
+
+
+def disk_error(error: OSError, place: Path) -> Web4Error:
+    """Return what a failed write or link at a place means for people."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceExhausted(
+            f"The disk is full: {place} could not be written.",
+            fix="Free disk space, then try again.",
+            reason="DISK_FULL",
+            metadata={"path": place},
+        )
+    if isinstance(error, FileNotFoundError):
+        return NotFound(
+            f"{error.filename or place} is not there.", metadata={"path": error.filename or place}
+        )
+    return FailedPrecondition(
+        f"{place} could not be written: {error.strerror or error}.",
+        fix="Check the folder's owner and permissions.",
+        reason="NOT_WRITABLE",
+        metadata={"path": place},
+    )

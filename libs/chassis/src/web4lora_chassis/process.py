@@ -33,7 +33,7 @@ def start(
         stdin: As for `subprocess.Popen`.
         stdout: As for `subprocess.Popen`.
         stderr: As for `subprocess.Popen`.
-        new_session: Give it a session and process group of its own, so that a signal can reach all its children.
+        new_session: Give it a session and process group of its own: a signal can then reach all its children.
 
     Returns:
         The running process.
@@ -47,7 +47,11 @@ def start(
         return subprocess.Popen(
             words, cwd=cwd, env=env, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=new_session
         )
-    except (FileNotFoundError, PermissionError) as error:
+    except OSError as error:
+        if cwd is not None and not cwd.is_dir():
+            raise FailedPrecondition(
+                f"The folder {cwd} is not there; {words[0]} was to run in it."
+            ) from error
         raise FailedPrecondition(
             f"The program {words[0]} can't be run: {error.strerror}.",
             fix=f"Install {Path(words[0]).name} or correct its path.",

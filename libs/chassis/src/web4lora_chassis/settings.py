@@ -1,7 +1,8 @@
 """Settings every process shares, read once, at the edge, from the environment.
 
 Each is the upper-case name behind `WEB4LORA_`: `WEB4LORA_HOME`, `WEB4LORA_STORE`. A secret may also be
-given as the path of a file that holds it, with `_FILE` behind its name.
+given as the path of a file that holds it, with `_FILE` behind its name. `WEB4LORA_ENV_FILE` names a file of
+such variables, the stack's `.env` for one; what the environment itself says wins over it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import os
 from pathlib import Path
 from typing import Self, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from web4lora_chassis.errors import InvalidInput
 
 PREFIX = "WEB4LORA_"
-_SECRETS = ("token", "s3_access_key", "s3_secret_key")
+_ENV_FILE = f"{PREFIX}ENV_FILE"
 
 
 class Settings(BaseSettings):
@@ -25,10 +26,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
     home: Path = Field(
-        default=Path.home() / ".web4lora", description="State of a native stack: jobs, database, logs"
+        default_factory=lambda: Path.home() / ".web4lora",
+        description="State of a native stack: jobs, database, logs",
     )
     cache: Path = Field(
-        default=Path.home() / ".cache" / "web4lora",
+        default_factory=lambda: Path.home() / ".cache" / "web4lora",
         description="What took long to make: llama.cpp, base models",
     )
     store: str = Field(
@@ -54,6 +56,13 @@ class Settings(BaseSettings):
     trainer_address: str = "127.0.0.1:8462"
     packager_address: str = "127.0.0.1:8463"
     deployer_address: str = "127.0.0.1:8464"
+
+    @field_validator("token")
+    @classmethod
+    def _sendable(cls, token: SecretStr) -> SecretStr:
+        if any(not "!" <= letter <= "~" for letter in token.get_secret_value()):
+            raise ValueError("a token may hold ASCII letters, digits and signs only, no blanks")
+        return token
 
     @model_validator(mode="after")
     def _absolute(self) -> Self:
@@ -81,22 +90,67 @@ def load(kind: type[S], **overrides: object) -> S:
     Raises:
         InvalidInput: A value has the wrong form; the message names the variable.
     """
+    _take_env_file()
     given = dict(overrides)
-    for name in _SECRETS:
-        path = os.environ.get(f"{PREFIX}{name.upper()}_FILE")
+    secrets = [name for name, field in kind.model_fields.items() if field.annotation is SecretStr]
+    for name in secrets:
+        variable = f"{PREFIX}{name.upper()}_FILE"
+        path = os.environ.get(variable)
         if path and name not in given:
-            try:
-                given[name] = Path(path).read_text(encoding="utf-8").strip()
-            except OSError as error:
-                raise InvalidInput(
-                    f"{PREFIX}{name.upper()}_FILE: can't read {path}: {error.strerror}",
-                    fix="Name a readable file.",
-                ) from error
+            given[name] = _secret(variable, Path(path))
     try:
         return kind(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
-        name = "_".join(str(part) for part in first["loc"]).upper()
+        name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+        raise InvalidInput(f"{name}: {first['msg']}", fix=f"Correct the variable {name}.") from None
+    except SettingsError as error:
+        raise InvalidInput(f"{PREFIX}…: {error}", fix="Correct that variable.") from None
+
+
+def _secret(variable: str, path: Path) -> str:
+    """Return the secret in a file. An empty one is a mistake: it would open what should be locked."""
+    try:
+        secret = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise InvalidInput(f"{variable}: can't read {path}: {why}", fix="Name a readable file.") from error
+    if not secret:
+        raise InvalidInput(f"{variable}: {path} is empty.", fix="Put the secret into it.")
+    return secret
+
+
+def read_pem(path: Path) -> bytes:
+    """Return the bytes of a certificate's or key's file.
+
+    Raises:
+        InvalidInput: It can't be read, or holds no PEM text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
         raise InvalidInput(
-            f"{PREFIX}{name}: {first['msg']}", fix=f"Correct the variable {PREFIX}{name}."
+            f"TLS: can't read {path}: {error.strerror}",
+            fix="Correct the WEB4LORA_TLS_… variable that names it.",
         ) from error
+    if b"-----BEGIN " not in data:
+        raise InvalidInput(f"TLS: {path} holds no PEM text.", fix="Convert it to PEM.")
+    return data
+
+
+def _take_env_file() -> None:
+    """Give the environment, and so our child processes, what the file in WEB4LORA_ENV_FILE adds to it."""
+    path = os.environ.get(_ENV_FILE)
+    if not path:
+        return
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(
+            f"{_ENV_FILE}: can't read {path}: {error.strerror}.",
+            fix="docker/make-env writes one; or unset the variable.",
+        ) from error
+    for line in text.splitlines():
+        name, assigned, value = line.strip().partition("=")
+        if assigned and name.startswith(PREFIX):
+            os.environ.setdefault(name, value.strip().strip("'\""))

@@ -138,7 +138,7 @@ class TrainSettings:
         return self.tokens_per_batch or (_CPU_TOKENS_PER_BATCH if device == "cpu" else _GPU_TOKENS_PER_BATCH)
 
     def after_memory_failures(self, failures: int, device: str) -> Self:
-        """Return settings that need less memory for the same update: half the batch, twice the accumulation."""
+        """Return settings that need less memory for the same update: half the batch, summed twice."""
         if failures == 0:
             return self
         budget = max(64, self.batch_tokens(device) >> failures)
@@ -148,12 +148,16 @@ class TrainSettings:
 
 
 def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that are fields of a dataclass, whole numbers sent as text turned into numbers."""
+    """Return the values that are fields of a dataclass; JSON carries some numbers (64 bit, NaN) as text."""
+    numbers = {
+        entry.name: type(entry.default) for entry in fields(kind) if type(entry.default) in (int, float)
+    }
     names = {entry.name for entry in fields(kind)}
-    known = {name: value for name, value in values.items() if name in names}
-    if "seed" in known:
-        known["seed"] = int(known["seed"])  # JSON carries 64-bit integers as text
-    return known
+    return {
+        name: numbers[name](value) if name in numbers else value
+        for name, value in values.items()
+        if name in names
+    }
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

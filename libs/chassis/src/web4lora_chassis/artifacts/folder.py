@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from web4lora_chassis.artifacts.manifest import FileEntry, hash_file
-from web4lora_chassis.artifacts.store import Advance
-from web4lora_chassis.errors import DataLoss, InvalidInput, NotFound, ResourceExhausted
+from web4lora_chassis.artifacts.store import PART_PREFIX, Advance
+from web4lora_chassis.errors import DataLoss, InvalidInput, NotFound, Unavailable, disk_error
 
+_STALE_SECONDS = 24 * 3600.0
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
 
 
@@ -47,6 +50,8 @@ class FolderBackend:
                 data = file.read(limit_bytes + 1)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise NotFound(f"{key} is not in the store {self.url}.") from error
+        except OSError as error:
+            raise Unavailable(f"{key} in {self.url} can't be read: {error.strerror}.") from error
         if len(data) > limit_bytes:
             raise DataLoss(f"{key} in {self.url} is larger than the {limit_bytes} bytes it may have.")
         return data
@@ -62,18 +67,19 @@ class FolderBackend:
                 os.fsync(file.fileno())
             part.replace(place)
         except OSError as error:
-            raise _disk_error(error, place) from error
+            raise disk_error(error, place) from error
         finally:
             part.unlink(missing_ok=True)
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Yield the files below a prefix; see `Backend.keys`."""
-        base = self._place(prefix)
-        for folder, folders, names in os.walk(base):
-            folders.sort()
-            for name in sorted(names):
-                if not name.startswith(".part-"):
-                    yield (Path(folder) / name).relative_to(self._root).as_posix()
+        places = (
+            Path(folder, name)
+            for folder, _, names in os.walk(self._place(prefix))
+            for name in names
+            if not name.startswith(PART_PREFIX)
+        )
+        yield from sorted(place.relative_to(self._root).as_posix() for place in places)
 
     def delete(self, key: str) -> None:
         """Remove a file and the folders that this leaves empty; see `Backend.delete`."""
@@ -97,9 +103,10 @@ class FolderBackend:
         """Return a new file beside a place, which no reader sees."""
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".part-", dir=place.parent)
+            _remove_stale_parts(place.parent)
+            handle, name = tempfile.mkstemp(prefix=PART_PREFIX, dir=place.parent)
         except OSError as error:
-            raise _disk_error(error, place) from error
+            raise disk_error(error, place) from error
         os.close(handle)
         return Path(name)
 
@@ -114,7 +121,7 @@ class FolderBackend:
             part.chmod(0o444)
             part.replace(place)
         except OSError as error:
-            raise _disk_error(error, place) from error
+            raise disk_error(error, place) from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -131,12 +138,10 @@ def _linked(source: Path, part: Path) -> bool:
     return True
 
 
-def _disk_error(error: OSError, place: Path) -> Exception:
-    """Say what a failed write means."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceExhausted(
-            f"The disk is full: {place} could not be written.", fix="Free disk space.", reason="DISK_FULL"
-        )
-    if isinstance(error, FileNotFoundError):
-        return NotFound(f"{error.filename} is not there.")
-    return ResourceExhausted(f"{place} could not be written: {error.strerror}.", reason="STORE_NOT_WRITABLE")
+def _remove_stale_parts(folder: Path) -> None:
+    """Remove what writers left that were killed long ago."""
+    limit = time.time() - _STALE_SECONDS
+    for part in folder.glob(f"{PART_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if part.stat().st_ctime < limit:  # of a link, the modification time is that of the linked file
+                part.unlink()

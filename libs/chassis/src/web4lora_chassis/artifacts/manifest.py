@@ -13,6 +13,7 @@ from typing import Any, Self
 from web4lora_chassis.errors import DataLoss, InvalidInput
 
 KINDS = ("base_model", "dataset", "adapter", "merged_model", "gguf", "report", "suite")
+MANIFEST_NAME = "manifest.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK_BYTES = 1 << 20
@@ -110,10 +111,16 @@ class Manifest:
     created_at: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse an artifact without files, or with one path twice."""
+        """Refuse an artifact without files, with one path twice, or with one that can't be stored."""
         paths = [entry.path for entry in self.files]
         if not paths or paths != sorted(set(paths)):
             raise InvalidInput(f"The artifact {self.name!r} needs at least one file, each path once, sorted.")
+        folders = {str(parent) for path in paths for parent in PurePosixPath(path).parents}
+        for path in paths:
+            if path == MANIFEST_NAME or path in folders:
+                raise InvalidInput(
+                    f"The artifact {self.name!r} can't hold a file at {path!r}: that is taken."
+                )
 
     @property
     def digest(self) -> str:
@@ -175,7 +182,7 @@ class Manifest:
                 created_by=data["created_by"],
                 created_at=float(data["created_at"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, InvalidInput) as error:
             raise DataLoss(f"Not an artifact manifest: {error!r}.") from error
 
 

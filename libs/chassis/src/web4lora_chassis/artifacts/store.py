@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,15 +12,28 @@ from typing import Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from web4lora_chassis.artifacts.manifest import KINDS, ArtifactRef, FileEntry, Manifest, hash_file
+from web4lora_chassis.artifacts.manifest import (
+    KINDS,
+    MANIFEST_NAME,
+    ArtifactRef,
+    FileEntry,
+    Manifest,
+    hash_file,
+)
 from web4lora_chassis.errors import DataLoss, InvalidInput, NotFound
 from web4lora_chassis.settings import Settings
 
 Advance = Callable[[int], None]
 """Called with the number of bytes just moved; a resumed part counts when it is found there."""
 
-_MANIFEST = "manifest.json"
+PART_PREFIX = ".part-"
+"""Files whose names begin with this are being written; no reader sees them."""
+
 _MANIFEST_LIMIT_BYTES = 16 << 20
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
@@ -104,8 +119,8 @@ class ArtifactStore:
             parameters: What it was made with; values must be JSON data.
             tools: Versions of the tools that made it.
             created_by: The service that made it.
-            link: The files are ours and never change again, so a store on the same disk may link them and make
-                them read-only. False for files that belong to the user: they are copied.
+            link: The files are ours and never change again, so a store on the same disk may link them and
+                make them read-only. False for files that belong to the user: they are copied.
             advance: Called with the number of bytes just stored.
 
         Returns:
@@ -113,14 +128,12 @@ class ArtifactStore:
 
         Raises:
             InvalidInput: A name or path that is not allowed.
+            NotFound: One of the files is not there.
             DataLoss: A file changed while it was stored.
             ResourceExhausted: The disk is full.
             Unavailable: The store is out of reach.
         """
-        entries = {
-            path: FileEntry(path, hash_file(source), source.stat().st_size)
-            for path, source in sorted(files.items())
-        }
+        entries = {path: _entry(path, source) for path, source in sorted(files.items())}
         manifest = Manifest(
             kind=kind,
             name=name,
@@ -132,12 +145,14 @@ class ArtifactStore:
             created_at=time.time(),
         )
         ref = manifest.ref
-        if self._stored(ref) is not None:
+        if self._complete(ref):
             advance(ref.size_bytes)
             return ref
         for path, entry in entries.items():
             self._backend.put_file(f"{ref.prefix}/{path}", files[path], entry, advance, link=link)
-        self._backend.write(f"{ref.prefix}/{_MANIFEST}", json.dumps(manifest.to_json(), indent=1).encode())
+        self._backend.write(
+            f"{ref.prefix}/{MANIFEST_NAME}", json.dumps(manifest.to_json(), indent=1).encode()
+        )
         return ref
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
@@ -190,47 +205,88 @@ class ArtifactStore:
         return manifest
 
     def find(self, kind: str = "", name: str = "", digest: str = "") -> list[Manifest]:
-        """Return the artifacts of a kind, a name and the beginning of a digest, newest first; empty means any."""
+        """Return the artifacts of a kind, a name and the start of a digest; newest first, empty means any."""
         found = []
         for wanted in [kind] if kind else KINDS:
             prefix = f"artifacts/{wanted}/{name}/" if name else f"artifacts/{wanted}/"
             for key in self._backend.keys(prefix):
                 parts = key.split("/")
-                if len(parts) == 5 and parts[4] == _MANIFEST and parts[3].startswith(digest[:12]):
-                    found.append(
-                        Manifest.from_json(json.loads(self._backend.read(key, _MANIFEST_LIMIT_BYTES)))
-                    )
-        found = [manifest for manifest in found if manifest.digest.startswith(digest)]
+                if len(parts) != 5 or parts[4] != MANIFEST_NAME or not parts[3].startswith(digest[:12]):
+                    continue
+                try:
+                    manifest = self._read(key)
+                except NotFound:
+                    continue  # deleted since it was listed
+                except DataLoss as error:
+                    log.warning("not listed: %s", error)
+                    continue
+                if manifest.digest.startswith(digest) and key == f"{manifest.ref.prefix}/{MANIFEST_NAME}":
+                    found.append(manifest)
         return sorted(found, key=lambda manifest: manifest.created_at, reverse=True)
 
     def publish(self, run_id: str, files: Mapping[str, Path], advance: Advance = _ignore) -> None:
-        """Put files into a run's folder, `runs/<run id>/`, under the names people look for; replaces old ones."""
+        """Put files into a run's folder, `runs/<run id>/`, under the names people look for; old ones go.
+
+        Raises:
+            InvalidInput: Not a run's id.
+            NotFound: One of the files is not there.
+            ResourceExhausted: The disk is full.
+            Unavailable: The store is out of reach.
+        """
+        prefix = _run_prefix(run_id)
         for path, source in sorted(files.items()):
-            entry = FileEntry(path, hash_file(source), source.stat().st_size)
-            self._backend.put_file(f"runs/{run_id}/{path}", source, entry, advance, link=True)
+            self._backend.put_file(f"{prefix}{path}", source, _entry(path, source), advance, link=True)
 
     def published(self, run_id: str) -> list[str]:
         """Return the paths in a run's folder."""
-        prefix = f"runs/{run_id}/"
+        prefix = _run_prefix(run_id)
         return [key.removeprefix(prefix) for key in self._backend.keys(prefix)]
 
     def delete(self, ref: ArtifactRef) -> None:
         """Remove an artifact, its manifest first, so that nobody sees it without its files."""
         manifest = self._stored(ref)
-        self._backend.delete(f"{ref.prefix}/{_MANIFEST}")
+        self._backend.delete(f"{ref.prefix}/{MANIFEST_NAME}")
         for entry in manifest.files if manifest else ():
             self._backend.delete(f"{ref.prefix}/{entry.path}")
 
     def _stored(self, ref: ArtifactRef) -> Manifest | None:
         """Return the manifest stored at an artifact's place, or None."""
         try:
-            text = self._backend.read(f"{ref.prefix}/{_MANIFEST}", _MANIFEST_LIMIT_BYTES)
+            return self._read(f"{ref.prefix}/{MANIFEST_NAME}")
         except NotFound:
             return None
+
+    def _complete(self, ref: ArtifactRef) -> bool:
+        """Tell whether the artifact is there under its own manifest; a damaged one is written anew."""
+        try:
+            stored = self._stored(ref)
+        except DataLoss:
+            return False
+        return stored is not None and stored.digest == ref.digest
+
+    def _read(self, key: str) -> Manifest:
+        text = self._backend.read(key, _MANIFEST_LIMIT_BYTES)
         try:
             return Manifest.from_json(json.loads(text))
-        except ValueError as error:
-            raise DataLoss(f"The manifest of {ref} can't be read: {error}.") from error
+        except (ValueError, DataLoss) as error:
+            raise DataLoss(f"{key} in {self.url} is not an artifact manifest: {error}") from error
+
+
+def _entry(path: str, source: Path) -> FileEntry:
+    """Hash a file that is to be stored."""
+    try:
+        return FileEntry(path, hash_file(source), source.stat().st_size)
+    except OSError as error:
+        raise NotFound(f"{source} can't be read: {error.strerror}.", metadata={"path": source}) from error
+
+
+def _run_prefix(run_id: str) -> str:
+    if not _RUN_ID.fullmatch(run_id):
+        raise InvalidInput(
+            f"{run_id!r} is not a run's id.",
+            fix="Use up to 128 letters, digits, dots, underscores and dashes.",
+        )
+    return f"runs/{run_id}/"
 
 
 def open_store(settings: Settings) -> ArtifactStore:
@@ -240,17 +296,23 @@ def open_store(settings: Settings) -> ArtifactStore:
         InvalidInput: The address is of no known form.
     """
     parts = urlsplit(settings.store)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+    bucket = parts.path.strip("/")
+    if "@" in parts.netloc:
+        raise InvalidInput(
+            "WEB4LORA_STORE: an address must not hold credentials.",
+            fix="Use WEB4LORA_S3_ACCESS_KEY_FILE and WEB4LORA_S3_SECRET_KEY_FILE.",
+        )
+    if parts.scheme == "file" and parts.netloc in ("", "localhost") and bucket:
         from web4lora_chassis.artifacts.folder import FolderBackend
 
         return ArtifactStore(FolderBackend(Path(url2pathname(parts.path))))
-    if parts.scheme in ("s3+http", "s3+https") and parts.hostname and parts.path.strip("/"):
+    if parts.scheme in ("s3+http", "s3+https") and parts.hostname and _BUCKET.fullmatch(bucket):
         from web4lora_chassis.artifacts.s3 import S3Backend
 
         return ArtifactStore(
             S3Backend(
                 endpoint=parts.netloc,
-                bucket=parts.path.strip("/"),
+                bucket=bucket,
                 access_key=settings.s3_access_key.get_secret_value(),
                 secret_key=settings.s3_secret_key.get_secret_value(),
                 region=settings.s3_region,

@@ -6,6 +6,7 @@ is printed goes to standard error, which the service keeps as the job's log.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from web4lora_chassis.errors import OutOfMemory, Web4Error
-from web4lora_chassis.jobs.record import JobFailure, JobRecord, Progress
+from web4lora_chassis.jobs.record import LESS_MEMORY, JobFailure, JobRecord, Progress
 
 _PROGRESS_INTERVAL_SECONDS = 0.2
 
@@ -43,8 +44,9 @@ class _Events:
         self.send({"progress": asdict(progress)})
 
     def send(self, event: Mapping[str, Any]) -> None:
+        line = json.dumps(event) + "\n"
         with self._lock:
-            self._stream.write(json.dumps(event) + "\n")
+            self._stream.write(line)
             self._stream.flush()
 
 
@@ -90,44 +92,54 @@ def worker_main(handlers: Mapping[str, Handler]) -> int:
 
     job_dir = Path(sys.argv[1])
     record = JobRecord.load(job_dir / "job.json")
+    alone = _wait_until_alone(job_dir)
     work_dir = job_dir / "work"
     work_dir.mkdir(exist_ok=True)
     context = JobContext(
         record.id, record.spec, record.attempt, record.memory_failures, work_dir, events.progress
     )
+    with alone:
+        return _work(handlers[record.kind], context, events, job_dir / "log.txt")
+
+
+def _work(handler: Handler, context: JobContext, events: _Events, log_path: Path) -> int:
+    """Call the handler and pass on how it ended."""
     try:
-        result = handlers[record.kind](context)
-    except Web4Error as error:
-        traceback.print_exc()
-        events.send({"error": asdict(JobFailure.of(error))})
-        return 1
-    except MemoryError:
-        traceback.print_exc()
-        events.send({"error": asdict(JobFailure.of(OutOfMemory("Memory ran out.")))})
-        return 1
+        events.send({"result": dict(handler(context))})
     except KeyboardInterrupt:
         return 1
-    except Exception as error:  # noqa: BLE001 - the last resort: named, logged with its trace, and passed on
+    except Exception as error:  # noqa: BLE001 - the last resort: logged with its trace, and passed on
         traceback.print_exc()
-        events.send(
-            {
-                "error": asdict(
-                    JobFailure(
-                        "INTERNAL",
-                        f"{type(error).__name__}: {error}",
-                        "This is a defect; the log has the details.",
-                        {"log": str(job_dir / "log.txt")},
-                    )
-                )
-            }
-        )
+        events.send({"error": asdict(_failure(error, log_path))})
         return 1
-    events.send({"result": dict(result)})
     return 0
+
+
+def _failure(error: Exception, log_path: Path) -> JobFailure:
+    """Say for people what an error means."""
+    if isinstance(error, Web4Error):
+        return JobFailure.of(error)
+    if isinstance(error, MemoryError):
+        return JobFailure.of(OutOfMemory("Memory ran out.", fix=LESS_MEMORY))
+    return JobFailure(
+        "INTERNAL",
+        f"{type(error).__name__}: {error}",
+        "This is a defect; the log has the details.",
+        {"log": str(log_path)},
+    )
+
+
+def _wait_until_alone(job_dir: Path) -> IO[bytes]:
+    """Wait until no other child works on this job: that of a killed service may be about to end still."""
+    file = (job_dir / "lock").open("wb")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 def _end_with_the_service() -> None:
     """Kill this process and its children once standard input closes: the service is gone."""
     while os.read(0, 4096):
         pass
-    os.killpg(0, signal.SIGKILL)
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)  # started by hand: the group is the shell's

@@ -13,6 +13,8 @@ from typing import Any, Self
 
 from web4lora_chassis.errors import Web4Error
 
+LESS_MEMORY = "Close other programs, or choose a smaller base model or tokens_per_batch."
+
 
 class JobState(StrEnum):
     """Where a job stands; the names of the contract's JobState."""
@@ -105,8 +107,8 @@ class JobRecord:
     revision: int = 1
 
     def changed(self, **fields: Any) -> JobRecord:
-        """Return the job with other fields and the next revision."""
-        return replace(self, revision=self.revision + 1, **fields)
+        """Return the job with other fields and the next revision, unless one is given."""
+        return replace(self, **{"revision": self.revision + 1, **fields})
 
     def save(self, path: Path) -> None:
         """Write it to disk so that a reader sees the old or the new one, and a crash loses neither."""

@@ -16,14 +16,18 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from web4lora_chassis.errors import AlreadyExists, InvalidInput, NotFound
-from web4lora_chassis.jobs.record import JobFailure, JobRecord, JobState, Progress
+from web4lora_chassis.errors import AlreadyExists, InvalidInput, NotFound, disk_error
+from web4lora_chassis.jobs.record import LESS_MEMORY, JobFailure, JobRecord, JobState, Progress
 
 log = logging.getLogger(__name__)
 
 _SAVE_INTERVAL_SECONDS = 1.0
 _EVENT_LIMIT_BYTES = 64 << 20
 _REQUEST_ID_LENGTH = 200
+_EXIT_POLL_SECONDS = 0.05
+_DRAIN_SECONDS = 5.0
+# Progress is not saved with every change; after a restart revisions still have to grow.
+_RESTART_REVISIONS = 1_000_000
 
 
 class JobRunner:
@@ -55,24 +59,26 @@ class JobRunner:
         self._env = {**os.environ, **(env or {})}
         self._jobs: dict[str, JobRecord] = {}
         self._by_request: dict[str, str] = {}
-        self._changed = asyncio.Condition()
+        self._watched: dict[str, asyncio.Event] = {}
         self._slots = asyncio.Semaphore(concurrency)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._children: dict[str, asyncio.subprocess.Process] = {}
+        self._terminations: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     async def start(self) -> None:
         """Load the jobs on disk and go on with those that had not ended."""
         self._root.mkdir(parents=True, exist_ok=True)
-        records = [JobRecord.load(path) for path in self._root.glob("*/job.json")]
+        records = [record for path in self._root.glob("*/job.json") if (record := _load(path))]
         for record in sorted(records, key=lambda record: (record.created_at, record.id)):
             self._jobs[record.id] = record
             self._by_request[record.request_id] = record.id
             if record.state is JobState.CANCELLING:
-                await self._update(record.id, state=JobState.CANCELLED, ended_at=time.time())
+                await self._end(record.id, state=JobState.CANCELLED)
             elif not record.state.terminal:
                 log.info("job %s goes on after a restart", record.id)
-                await self._update(record.id, state=JobState.QUEUED)
+                revision = record.revision + _RESTART_REVISIONS
+                self._update(record.id, state=JobState.QUEUED, revision=revision)
                 self._schedule(record.id)
 
     async def stop(self) -> None:
@@ -83,7 +89,7 @@ class JobRunner:
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._terminations, return_exceptions=True)
 
     async def create(self, kind: str, request_id: str, spec: Mapping[str, Any]) -> JobRecord:
         """Accept a job; it is on disk when this returns.
@@ -96,6 +102,7 @@ class JobRunner:
         Raises:
             InvalidInput: A request_id of the wrong length.
             AlreadyExists: The key was used with another spec.
+            ResourceExhausted: The disk is full.
         """
         if not 1 <= len(request_id) <= _REQUEST_ID_LENGTH:
             raise InvalidInput(
@@ -110,11 +117,15 @@ class JobRunner:
                 )
             return record
         now = time.time()
-        job_id = f"{kind}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(3)}"
+        job_id = f"{kind}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(4)}"
         record = JobRecord(id=job_id, kind=kind, request_id=request_id, spec=dict(spec), created_at=now)
         folder = self._root / job_id
-        folder.mkdir(parents=True)
-        record.save(folder / "job.json")
+        try:
+            folder.mkdir(parents=True)
+            record.save(folder / "job.json")
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise disk_error(error, folder) from error
         self._jobs[job_id] = record
         self._by_request[request_id] = job_id
         self._schedule(job_id)
@@ -136,7 +147,7 @@ class JobRunner:
         return sorted(self._jobs.values(), key=lambda record: (record.created_at, record.id), reverse=True)
 
     async def watch(self, job_id: str) -> AsyncIterator[JobRecord]:
-        """Yield the job as it is now, then after changes (some may be skipped), and end with a terminal state.
+        """Yield the job as it is now, then after changes (some may be skipped); end with a terminal state.
 
         Raises:
             NotFound: No such job.
@@ -144,9 +155,9 @@ class JobRunner:
         record = self.get(job_id)
         yield record
         while not record.state.terminal:
-            seen = record.revision
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._jobs[job_id].revision != seen)
+            changed = self._watched.setdefault(job_id, asyncio.Event())
+            if self._jobs[job_id] is record:  # else it changed while the caller looked at the last one
+                await changed.wait()
             record = self._jobs[job_id]
             yield record
 
@@ -160,10 +171,10 @@ class JobRunner:
         if record.state is JobState.QUEUED:
             await self._end(job_id, state=JobState.CANCELLED)
         elif record.state is JobState.RUNNING:
-            await self._update(job_id, state=JobState.CANCELLING)
+            self._update(job_id, state=JobState.CANCELLING)
             child = self._children.get(job_id)
             if child is not None:
-                asyncio.get_running_loop().create_task(self._terminate(child))
+                self._begin_termination(child)
         return self._jobs[job_id]
 
     def _schedule(self, job_id: str) -> None:
@@ -175,12 +186,19 @@ class JobRunner:
         """Wait for a slot, then start the job's child, again after want of memory while that is allowed."""
         async with self._slots:
             while self._jobs[job_id].state is JobState.QUEUED:
-                await self._run_child(job_id)
+                try:
+                    await self._run_child(job_id)
+                except Exception as error:
+                    log.exception("job %s", job_id)
+                    reason = f"The job could not be run: {type(error).__name__}: {error}"
+                    failure = JobFailure("INTERNAL", reason, "The service's log has the details.")
+                    await self._end(job_id, state=JobState.FAILED, error=failure)
 
     async def _run_child(self, job_id: str) -> None:
+        """Start the job's child and see it to its end."""
         record = self._jobs[job_id]
         folder = self._root / job_id
-        await self._update(
+        self._update(
             job_id,
             state=JobState.RUNNING,
             attempt=record.attempt + 1,
@@ -195,30 +213,38 @@ class JobRunner:
             )  # fmt: skip
         self._children[job_id] = child
         if self._jobs[job_id].state is JobState.CANCELLING:  # asked for while the child was being started
-            asyncio.get_running_loop().create_task(self._terminate(child))
+            self._begin_termination(child)
+        outcome: dict[str, Any] = {}
+        follow = asyncio.get_running_loop().create_task(self._follow(job_id, child, outcome))
         try:
-            last = await self._follow(job_id, child)
-            code = await child.wait()
+            code = await _exited(child)
         finally:
             self._children.pop(job_id, None)
-            _signal(child, signal.SIGKILL)  # whatever the child started and left behind
+            _signal(child, signal.SIGKILL)  # also what the child started and left behind: it holds our pipes
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(follow, _DRAIN_SECONDS)
+            await _exited(child)
         if not self._stopping:
-            await self._conclude(job_id, last, code)
+            await self._conclude(job_id, outcome, code)
 
-    async def _follow(self, job_id: str, child: asyncio.subprocess.Process) -> Mapping[str, Any]:
-        """Take the child's events in; return its result or error, or nothing when it died."""
+    async def _follow(self, job_id: str, child: asyncio.subprocess.Process, outcome: dict[str, Any]) -> None:
+        """Take the child's events in; its result or error goes into `outcome`, nothing when it died."""
         assert child.stdout is not None
-        last: Mapping[str, Any] = {}
         saved_at = time.monotonic()
-        while line := await child.stdout.readline():
-            event = json.loads(line)
-            if "progress" in event:
-                save = time.monotonic() - saved_at > _SAVE_INTERVAL_SECONDS
-                saved_at = time.monotonic() if save else saved_at
-                await self._update(job_id, save=save, progress=Progress(**event["progress"]))
-            else:
-                last = event
-        return last
+        try:
+            while line := await child.stdout.readline():
+                event = _event(line)
+                if "progress" in event:
+                    save = time.monotonic() - saved_at > _SAVE_INTERVAL_SECONDS
+                    saved_at = time.monotonic() if save else saved_at
+                    self._update(job_id, save=save, progress=Progress(**event["progress"]))
+                elif event:
+                    outcome.update(event)
+                else:  # printed while the child's modules were being loaded
+                    log.info("job %s: %s", job_id, line.decode("utf-8", errors="replace").rstrip())
+        except BaseException:
+            _signal(child, signal.SIGKILL)  # nobody reads what it has to say any more
+            raise
 
     async def _conclude(self, job_id: str, last: Mapping[str, Any], code: int) -> None:
         """Give the job the state that its child's end means."""
@@ -234,31 +260,69 @@ class JobRunner:
         )
         if failure.reason == "OUT_OF_MEMORY" and record.memory_failures < self._memory_retries:
             log.warning("job %s: %s It is started again with less.", job_id, failure.message)
-            await self._update(job_id, state=JobState.QUEUED, memory_failures=record.memory_failures + 1)
+            self._update(job_id, state=JobState.QUEUED, memory_failures=record.memory_failures + 1)
             return
         log.warning("job %s failed: %s", job_id, failure.message)
         await self._end(job_id, state=JobState.FAILED, error=failure)
 
     async def _end(self, job_id: str, **fields: Any) -> None:
         """Bring a job into a terminal state and remove its working files."""
-        await self._update(job_id, ended_at=time.time(), **fields)
+        self._update(job_id, ended_at=time.time(), **fields)
         if self._jobs[job_id].state is not JobState.FAILED:  # a failed job's files may explain it
             await asyncio.to_thread(shutil.rmtree, self._root / job_id / "work", ignore_errors=True)
 
-    async def _update(self, job_id: str, *, save: bool = True, **fields: Any) -> None:
-        """Change a job, on disk first, and wake who watches."""
+    def _update(self, job_id: str, *, save: bool = True, **fields: Any) -> None:
+        """Change a job, on disk first, and wake who watches; with no pause in which a change is lost."""
         record = self._jobs[job_id].changed(**fields)
         if save:
-            record.save(self._root / job_id / "job.json")
-        async with self._changed:
-            self._jobs[job_id] = record
-            self._changed.notify_all()
+            try:
+                record.save(self._root / job_id / "job.json")
+            except OSError as error:
+                # The work itself goes on; after a restart the job is taken up from its last saved state.
+                log.error("job %s: its state %s is not on disk: %s", job_id, record.state, error)
+        self._jobs[job_id] = record
+        watched = self._watched.pop(job_id, None)
+        if watched:
+            watched.set()
+
+    def _begin_termination(self, child: asyncio.subprocess.Process) -> None:
+        task = asyncio.get_running_loop().create_task(self._terminate(child))
+        self._terminations.add(task)  # the loop itself would forget it
+        task.add_done_callback(self._terminations.discard)
 
     async def _terminate(self, child: asyncio.subprocess.Process) -> None:
         _signal(child, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(child.wait(), self._cancel_grace_seconds)
+            await asyncio.wait_for(_exited(child), self._cancel_grace_seconds)
         _signal(child, signal.SIGKILL)
+
+
+def _load(path: Path) -> JobRecord | None:
+    """Read a job from disk; one that can't be read is set aside, so that the others go on."""
+    try:
+        return JobRecord.load(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        aside = path.with_name("job.json.unreadable")
+        log.error("%s can't be read and is set aside as %s: %r", path, aside.name, error)
+        path.replace(aside)
+        return None
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """Return the event that a line holds, or nothing for a line that is none."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    known = isinstance(event, dict) and event.keys() & {"progress", "result", "error"}
+    return event if known else {}
+
+
+async def _exited(child: asyncio.subprocess.Process) -> int:
+    """Wait until a child has ended. `child.wait` may also wait for those that inherited its pipes."""
+    while child.returncode is None:
+        await asyncio.sleep(_EXIT_POLL_SECONDS)
+    return child.returncode
 
 
 def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
@@ -274,7 +338,7 @@ def _death(code: int, log_path: Path) -> JobFailure:
         return JobFailure(
             "OUT_OF_MEMORY",
             "The worker process was killed from outside, most likely because memory ran out.",
-            "Close other programs, or choose a smaller base model or tokens_per_batch.",
+            LESS_MEMORY,
             metadata,
         )
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -8,9 +8,9 @@ from typing import Any
 
 import grpc
 
-from web4lora_chassis.settings import Settings
+from web4lora_chassis.settings import Settings, read_pem
 
-# Every RPC of the contract is safe to repeat (Create by its request_id), so an unreachable service is retried.
+# Every RPC of the contract is safe to repeat (Create by its request_id), so we retry an unreachable service.
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
@@ -33,12 +33,14 @@ _OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_metadata_size", 64 << 10),
+    ("grpc.absolute_max_metadata_size", 128 << 10),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.enable_http_proxy", 0),
 ]
 
 
-class _Token(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+class _Token(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     """Shows the token with every call of a blocking channel."""
 
     def __init__(self, token: str) -> None:
@@ -51,7 +53,7 @@ class _Token(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor
         return continuation(_with(details, self._metadata), request)
 
 
-class _AsyncToken(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+class _AsyncToken(grpc.aio.UnaryUnaryClientInterceptor):
     """Shows the token with every single-answer call of an asyncio channel."""
 
     def __init__(self, token: str) -> None:
@@ -63,7 +65,7 @@ class _AsyncToken(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
         return await continuation(_with(details, self._metadata), request)
 
 
-class _AsyncStreamToken(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc]
+class _AsyncStreamToken(grpc.aio.UnaryStreamClientInterceptor):
     """Shows the token with every streaming call of an asyncio channel."""
 
     def __init__(self, token: str) -> None:
@@ -104,11 +106,6 @@ def _with(details: Any, metadata: tuple[tuple[str, str], ...]) -> Any:
 def _credentials(settings: Settings) -> grpc.ChannelCredentials | None:
     if not settings.tls_authority_file:
         return None
-    mutual = settings.tls_certificate_file and settings.tls_key_file
-    return grpc.ssl_channel_credentials(
-        root_certificates=settings.tls_authority_file.read_bytes(),
-        private_key=settings.tls_key_file.read_bytes() if mutual and settings.tls_key_file else None,
-        certificate_chain=settings.tls_certificate_file.read_bytes()
-        if mutual and settings.tls_certificate_file
-        else None,
-    )
+    certificate, key = settings.tls_certificate_file, settings.tls_key_file
+    own = (read_pem(key), read_pem(certificate)) if key and certificate else (None, None)
+    return grpc.ssl_channel_credentials(read_pem(settings.tls_authority_file), *own)

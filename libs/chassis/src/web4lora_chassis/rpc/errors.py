@@ -28,18 +28,22 @@ _CODES: dict[type[errors.Web4Error], grpc.StatusCode] = {
     errors.Cancelled: grpc.StatusCode.CANCELLED,
     errors.Internal: grpc.StatusCode.INTERNAL,
 }
+_MESSAGE_LENGTH = 8_000  # a status travels in the answer's headers, whose size is bounded
 _CLASSES = {code: kind for kind, code in _CODES.items() if kind is not errors.OutOfMemory}
 
 
 def status_of(error: errors.Web4Error) -> status_pb2.Status:
     """Return the gRPC status that tells a client of an error."""
-    code = next((code for kind, code in _CODES.items() if type(error) is kind), grpc.StatusCode.INTERNAL)
+    code = next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), grpc.StatusCode.INTERNAL)
+    message = error.message.strip()
+    if len(message) > _MESSAGE_LENGTH:
+        message = f"{message[:_MESSAGE_LENGTH]}… (shortened; the log has the rest)"
     metadata = dict(error.metadata)
     if error.fix:
         metadata["fix"] = error.fix
     info = any_pb2.Any()
     info.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
-    return status_pb2.Status(code=code.value[0], message=error.message, details=[info])
+    return status_pb2.Status(code=code.value[0], message=message, details=[info])
 
 
 def error_of(call: grpc.RpcError, service: str = "the service") -> errors.Web4Error:
@@ -49,17 +53,29 @@ def error_of(call: grpc.RpcError, service: str = "the service") -> errors.Web4Er
         call: What the gRPC library raised.
         service: Whom the call went to, for messages of gRPC's own.
     """
-    code = call.code() if isinstance(call, grpc.Call | grpc.aio.AioRpcError) else grpc.StatusCode.UNKNOWN
-    text = (call.details() if isinstance(call, grpc.Call | grpc.aio.AioRpcError) else str(call)) or code.name
+    if not isinstance(call, grpc.Call | grpc.aio.AioRpcError):
+        return errors.Internal(f"{service}: {call}")
+    code = call.code()
+    text = call.details() or code.name
     kind = _CLASSES.get(code, errors.Internal)
-    status = rpc_status.from_call(call) if isinstance(call, grpc.Call | grpc.aio.AioRpcError) else None
-    for detail in status.details if status else ():
+    for detail in _details(call):
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
+            if info.reason == errors.OutOfMemory.default_reason:
+                kind = errors.OutOfMemory
             metadata = dict(info.metadata)
             return kind(text, fix=metadata.pop("fix", ""), reason=info.reason, metadata=metadata)
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return errors.Unavailable(
             f"{service} is out of reach: {text}", fix="Is it running? `web4lora status` tells."
         )
     return kind(f"{service}: {text}")
+
+
+def _details(call: grpc.Call | grpc.aio.AioRpcError) -> list[any_pb2.Any]:
+    """Return the details of a failed call's status; none when a proxy on the way changed its message."""
+    try:
+        status = rpc_status.from_call(call)  # type: ignore[arg-type]  # asyncio's errors have all it needs
+    except ValueError:
+        return []
+    return list(status.details) if status else []

@@ -25,7 +25,8 @@ def ref_of(message: artifacts_pb2.ArtifactRef) -> ArtifactRef:
     Raises:
         InvalidInput: It has no valid kind, name or digest.
     """
-    kind = artifacts_pb2.ArtifactKind.Name(message.kind).removeprefix(_PREFIX).lower()
+    known = artifacts_pb2.ArtifactKind.DESCRIPTOR.values_by_number.get(message.kind)
+    kind = known.name.removeprefix(_PREFIX).lower() if known else str(message.kind)
     return ArtifactRef(kind, message.name, message.digest, message.size_bytes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import inspect
 import ipaddress
 import logging
 import signal
@@ -20,12 +21,18 @@ from grpc_status import rpc_status
 
 from web4lora_chassis.errors import FailedPrecondition, Internal, Unauthenticated, Web4Error
 from web4lora_chassis.rpc.errors import status_of
-from web4lora_chassis.settings import Settings
+from web4lora_chassis.settings import Settings, read_pem
 
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_SECONDS = 2.0
 _OPEN_TO_ALL = ("/grpc.health.v1.Health/",)
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # two services on one port would share its calls by chance
+    ("grpc.max_receive_message_length", 16 << 20),
+    # Our clients ask every 30 s whether a quiet Watch still stands; the default takes that for abuse.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ async def serve(
         FailedPrecondition: The address is beyond the loopback and no token is set, or it can't be bound.
     """
     _require_token(address, settings)
-    server = grpc.aio.server(interceptors=[_Guard(settings.token.get_secret_value())])
+    server = grpc.aio.server(interceptors=[_Guard(settings.token.get_secret_value())], options=_OPTIONS)
     for registration in registrations:
         registration.add(registration.servicer, server)
     health = health_aio.HealthServicer()
@@ -72,14 +79,14 @@ async def serve(
     names = [registration.name for registration in registrations]
     reflection.enable_server_reflection([*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
                                          reflection.SERVICE_NAME], server)  # fmt: skip
+    credentials = _credentials(settings)
     try:
-        credentials = _credentials(settings)
         port = (
             server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         )
     except RuntimeError as error:
         raise FailedPrecondition(
-            f"{address} can't be listened on: another program has it.",
+            f"{address} can't be listened on: another program has it, or it is no address of this machine.",
             fix="`web4lora status` shows ours; else choose another address, WEB4LORA_<SERVICE>_ADDRESS.",
             reason="ADDRESS_IN_USE",
         ) from error
@@ -128,17 +135,26 @@ def _require_token(address: str, settings: Settings) -> None:
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    if not (settings.tls_certificate_file and settings.tls_key_file):
+    """Return the credentials that the settings ask for; never plain text by half a setting."""
+    files = (settings.tls_certificate_file, settings.tls_key_file)
+    if not any(files) and not settings.tls_client_required:
         return None
-    authority = settings.tls_authority_file.read_bytes() if settings.tls_authority_file else None
+    certificate, key = files
+    if not (certificate and key) or (settings.tls_client_required and not settings.tls_authority_file):
+        raise FailedPrecondition(
+            "TLS is set by halves.",
+            fix="Set WEB4LORA_TLS_CERTIFICATE_FILE and WEB4LORA_TLS_KEY_FILE; with "
+            "WEB4LORA_TLS_CLIENT_REQUIRED also WEB4LORA_TLS_AUTHORITY_FILE.",
+            reason="TLS_INCOMPLETE",
+        )
     return grpc.ssl_server_credentials(
-        [(settings.tls_key_file.read_bytes(), settings.tls_certificate_file.read_bytes())],
-        root_certificates=authority,
+        [(read_pem(key), read_pem(certificate))],
+        root_certificates=read_pem(settings.tls_authority_file) if settings.tls_authority_file else None,
         require_client_auth=settings.tls_client_required,
     )
 
 
-class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _Guard(grpc.aio.ServerInterceptor):
     """Refuses calls without the token, and turns our errors into statuses."""
 
     def __init__(self, token: str) -> None:
@@ -150,15 +166,21 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return None
         allowed = not self._expected or details.method.startswith(_OPEN_TO_ALL) or self._shown(details)
         if handler.response_streaming:
-            wrapped = _stream(handler.unary_stream or handler.stream_stream, allowed)
+            behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            wrapped = _stream(behavior, allowed)
             make = (
                 grpc.stream_stream_rpc_method_handler
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
         else:
-            wrapped = _single(handler.unary_unary, allowed)
-            make = grpc.unary_unary_rpc_method_handler
+            behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            wrapped = _single(behavior, allowed)
+            make = (
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
     def _shown(self, details: grpc.HandlerCallDetails) -> bool:
@@ -174,7 +196,7 @@ def _check(allowed: bool) -> None:
 
 
 def _single(behavior: Any, allowed: bool) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
             _check(allowed)
             return await behavior(request, context)
@@ -190,7 +212,10 @@ def _single(behavior: Any, allowed: bool) -> Any:
 
 
 def _stream(behavior: Any, allowed: bool) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    if not inspect.isasyncgenfunction(behavior):
+        return _single(behavior, allowed)  # it writes its answers by itself, as the health service does
+
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
             _check(allowed)
             async for message in behavior(request, context):

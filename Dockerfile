@@ -1,0 +1,176 @@
+# The images of our own services, a target each: gateway, deployer, packager, trainer. One file, so that packager
+# and deployer share the very stage that compiles llama.cpp. `docker compose build` builds what compose.yaml needs.
+#
+# Build options (compose.yaml passes them on from .env):
+#   --secret id=ca,src=FILE          a CA bundle that the package clients shall trust, behind a proxy; in no image
+#   --secret id=pip,src=FILE         pip's settings (index, no-index, credentials); in no image
+#   docker/wheels/                   wheels and sdists put here are found by pip before any index
+#   --build-arg TORCH_INDEX=URL      where torch comes from; empty: from where all else comes from (amd64: with CUDA)
+#   --build-arg BASE_IMAGE=IMAGE     Debian 12, or what is built on it
+#
+# Needs BuildKit, of Docker 20.10 or newer; no image but BASE_IMAGE is pulled.
+ARG BASE_IMAGE=debian:bookworm-slim
+
+# What runs: Python, the user without rights, the folder it may write. libgomp1 and libstdc++6 are llama.cpp's.
+FROM ${BASE_IMAGE} AS runtime
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends libgomp1 libstdc++6 python3 \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
+ && groupadd --gid 10001 web4lora \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/web4lora --shell /usr/sbin/nologin web4lora \
+ && install -d -o web4lora -g web4lora -m 700 /var/lib/web4lora
+COPY LICENSE /usr/share/doc/web4lora/LICENSE
+ENV PATH=/opt/web4lora/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HOME=/var/lib/web4lora \
+    MPLCONFIGDIR=/tmp/matplotlib \
+    WEB4LORA_HOME=/var/lib/web4lora \
+    WEB4LORA_CACHE=/var/lib/web4lora/cache
+LABEL org.opencontainers.image.vendor="Web4 LoRA Core" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0"
+VOLUME /var/lib/web4lora
+WORKDIR /var/lib/web4lora
+
+# What builds: a virtual environment with what every service needs. What others made comes first, then ours, so a
+# change of ours downloads nothing.
+FROM runtime AS build
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends ca-certificates python3-venv \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
+ && python3 -m venv /opt/web4lora
+WORKDIR /src
+COPY docker/pip-install docker/requirements.py docker/
+COPY docker/wheels/ docker/wheels/
+COPY constraints.txt ./
+COPY proto/pyproject.toml proto/
+COPY libs/chassis/pyproject.toml libs/chassis/
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install pip \
+ && docker/pip-install --needs proto libs/chassis
+
+# llama.cpp from its pinned source, for any processor of this architecture. Kept in the builder's cache, so that only
+# another source or other options compile again.
+FROM build AS llama.cpp
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
+COPY libs/llamacpp/pyproject.toml libs/llamacpp/
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install --needs libs/llamacpp
+COPY proto proto
+COPY libs libs
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install --ours proto libs/chassis libs/llamacpp
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/llama.cpp,sharing=locked \
+    WEB4LORA_CACHE=/llama.cpp docker/pip-install --run python -m web4lora_llamacpp build --portable \
+ && python docker/copy_llama_cpp.py /llama.cpp /opt/llama.cpp
+
+FROM build AS gateway-build
+COPY services/gateway/pyproject.toml services/gateway/
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install --needs services/gateway
+COPY proto proto
+COPY libs/chassis libs/chassis
+COPY services/gateway services/gateway
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install --ours proto libs/chassis services/gateway \
+ && pip uninstall --quiet --yes pip setuptools
+
+FROM runtime AS gateway
+LABEL org.opencontainers.image.title="web4lora-gateway" \
+      org.opencontainers.image.description="Runs the pipeline, dataset to tested deployment, durably"
+COPY --from=gateway-build /opt/web4lora /opt/web4lora
+USER 10001:10001
+ENV WEB4LORA_GATEWAY_ADDRESS=0.0.0.0:8461
+EXPOSE 8461
+HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 \
+    CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8461"]
+CMD ["python", "-m", "web4lora_gateway"]
+
+FROM build AS deployer-build
+COPY libs/llamacpp/pyproject.toml libs/llamacpp/
+COPY services/deployer/pyproject.toml services/deployer/
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install --needs services/deployer libs/llamacpp --without cmake ninja
+COPY proto proto
+COPY libs libs
+COPY services/deployer services/deployer
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install --ours proto libs/chassis libs/llamacpp services/deployer \
+ && pip uninstall --quiet --yes pip setuptools
+
+FROM runtime AS deployer
+LABEL org.opencontainers.image.title="web4lora-deployer" \
+      org.opencontainers.image.description="Puts a model into Ollama, Docker Model Runner or its own llama-server, and tests it" \
+      org.opencontainers.image.licenses="Apache-2.0 AND MIT"
+COPY --from=llama.cpp /opt/llama.cpp/bin /opt/llama.cpp/bin
+COPY --from=llama.cpp /opt/llama.cpp/LICENSE /usr/share/doc/llama.cpp/LICENSE
+COPY --from=deployer-build /opt/web4lora /opt/web4lora
+USER 10001:10001
+ENV WEB4LORA_LLAMA_CPP=/opt/llama.cpp/bin \
+    WEB4LORA_DEPLOYER_ADDRESS=0.0.0.0:8464
+EXPOSE 8464
+HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 \
+    CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8464"]
+CMD ["python", "-m", "web4lora_deployer"]
+
+# torch, for the packager's converter and the CPU trainer, in one layer that both share while building.
+FROM build AS torch
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    if [ -n "${TORCH_INDEX}" ]; then docker/pip-install --index-url "${TORCH_INDEX}" --no-deps torch; fi \
+ && docker/pip-install torch
+
+FROM torch AS packager-build
+COPY libs/llamacpp/pyproject.toml libs/llamacpp/
+COPY services/packager/pyproject.toml services/packager/
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install --needs services/packager libs/llamacpp --without cmake ninja
+COPY proto proto
+COPY libs libs
+COPY services/packager services/packager
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install --ours proto libs/chassis libs/llamacpp services/packager \
+ && pip uninstall --quiet --yes pip setuptools
+
+FROM runtime AS packager
+LABEL org.opencontainers.image.title="web4lora-packager" \
+      org.opencontainers.image.description="Merges, converts to GGUF, quantizes and checks" \
+      org.opencontainers.image.licenses="Apache-2.0 AND MIT AND BSD-3-Clause"
+COPY --from=llama.cpp /opt/llama.cpp /opt/llama.cpp
+COPY --from=packager-build /opt/web4lora /opt/web4lora
+USER 10001:10001
+ENV WEB4LORA_LLAMA_CPP=/opt/llama.cpp/bin \
+    WEB4LORA_LLAMA_CPP_SOURCE=/opt/llama.cpp/source \
+    WEB4LORA_PACKAGER_ADDRESS=0.0.0.0:8463
+EXPOSE 8463
+HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 \
+    CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8463"]
+CMD ["python", "-m", "web4lora_packager"]
+
+FROM torch AS trainer-build
+COPY services/trainer/pyproject.toml services/trainer/
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install --needs services/trainer
+COPY proto proto
+COPY libs/chassis libs/chassis
+COPY services/trainer services/trainer
+RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
+    docker/pip-install --ours proto libs/chassis services/trainer
+
+# On the CPU alone, for machines without a native trainer. It keeps pip: base models may come as packages.
+FROM runtime AS trainer
+LABEL org.opencontainers.image.title="web4lora-trainer" \
+      org.opencontainers.image.description="Trains LoRA adapters on the CPU" \
+      org.opencontainers.image.licenses="Apache-2.0 AND BSD-3-Clause"
+COPY --from=trainer-build /opt/web4lora /opt/web4lora
+USER 10001:10001
+ENV WEB4LORA_TRAINER_ADDRESS=0.0.0.0:8462
+EXPOSE 8462
+HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 \
+    CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8462"]
+CMD ["python", "-m", "web4lora_trainer"]

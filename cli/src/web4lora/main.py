@@ -1,0 +1,80 @@
+"""The command `web4lora`. Exit codes: 0 all is well, 1 it failed, 2 the command or a file is wrong."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import traceback
+from importlib.metadata import version
+from typing import Annotated, NoReturn
+
+import typer
+from web4lora_chassis.errors import Internal, InvalidInput, Web4Error
+
+from web4lora.commands import artifacts, chat, dataset, demo, deployments, run, runs, stack
+from web4lora.commands.options import examples
+from web4lora.views import console
+
+app = typer.Typer(
+    name="web4lora",
+    help="Turn a dataset into a model that answers on this machine, and prove it is the one you trained.",
+    epilog=examples(
+        "web4lora up", "web4lora run examples/web4/demo.yaml", 'web4lora chat web4-demo "Create an agent"'
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+stack.register(app)
+run.register(app)
+chat.register(app)
+demo.register(app)
+app.add_typer(runs.app, name="runs")
+app.add_typer(artifacts.app, name="artifacts")
+app.add_typer(dataset.app, name="dataset")
+app.add_typer(deployments.app, name="deployments")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.line(f"web4lora {version('web4lora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; every error is a message with what to do, without a stack trace."""
+    debug = os.environ.get("WEB4LORA_DEBUG") == "1"
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(name)s: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ✓ shows ?
+    try:
+        app()
+    except Web4Error as error:
+        _fail(error, debug=debug)
+    except Exception as defect:  # noqa: BLE001 - the last resort: named, and its trace shown on request
+        problem = Internal(
+            f"{type(defect).__name__}: {defect}",
+            fix="This is a defect. WEB4LORA_DEBUG=1 shows where it happened.",
+        )
+        problem.__cause__ = defect
+        _fail(problem, debug=debug)
+
+
+def _fail(problem: Web4Error, *, debug: bool) -> NoReturn:
+    """Print an error and end with its exit code."""
+    if debug:
+        traceback.print_exception(problem)
+    console.error(problem)
+    sys.exit(2 if isinstance(problem, InvalidInput) else 1)

@@ -1,0 +1,129 @@
+"""The end of a run for people: scores, limits that were missed, the verdict, sample answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.table import Table
+from rich.text import Text
+from web4.lora.v1 import deployer_pb2, gateway_pb2
+
+from web4lora.views import human
+from web4lora.views.console import BAD, OK, STYLES, line, out
+
+_DROP_GATE = "score drop"
+_SAMPLE_LINES = 14
+
+
+def verify_result(run: gateway_pb2.Run) -> deployer_pb2.VerifyResult | None:
+    """Return what a run's tests found, or None when they did not run."""
+    for stage in run.stages:
+        if stage.WhichOneof("result") == "verify_result":
+            return stage.verify_result
+    return None
+
+
+def show_scores(run: gateway_pb2.Run) -> None:
+    """Print the scores, the limits that were missed and the verdict; nothing when there are none."""
+    result = verify_result(run)
+    if result is None:
+        return
+    line()
+    if result.scores:
+        out.print(score_table(result, _quantization(run)))
+    missed = [gate for gate in result.gates if not gate.passed]
+    for gate in missed:
+        text = f"{gate.name}: {gate.measured}, the limit is {gate.limit}"
+        _row("missed", f"{text} ({gate.note})" if gate.note else text, style="yellow")
+    sign = OK if result.passed else BAD
+    _row("verdict", f"{sign} {result.verdict}" if result.verdict else sign, style=STYLES[sign])
+
+
+def score_table(result: deployer_pb2.VerifyResult, quantization: str) -> Table:
+    """Return the table of scores; the base model's column only when it was measured."""
+    has_base = any(score.HasField("base_percent") for score in result.scores)
+    has_reference = any(score.HasField("reference_percent") for score in result.scores)
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("  test", no_wrap=True)
+    if has_base:
+        table.add_column("base", justify="right", no_wrap=True)
+    if has_reference:
+        table.add_column("16 bit", justify="right", no_wrap=True)
+    table.add_column(quantization, justify="right", no_wrap=True)
+    if has_reference:
+        table.add_column("drop, 95 % interval", no_wrap=True)
+    table.add_column("limit", no_wrap=True)
+    for score in result.scores:
+        cells = [Text(f"  {score.title or score.name}")]
+        if has_base:
+            cells.append(_percent(score.base_percent if score.HasField("base_percent") else None))
+        if has_reference:
+            cells.append(_percent(score.reference_percent if score.HasField("reference_percent") else None))
+        cells.append(_percent(score.deployed_percent))
+        if has_reference:
+            cells.append(Text(_drop(score)))
+        cells.append(_limits(score.name, result.gates))
+        table.add_row(*cells)
+    return table
+
+
+def show_samples(samples: Iterable[deployer_pb2.Sample]) -> None:
+    """Print a question and the deployed model's answer for each core."""
+    for sample in samples:
+        sign = OK if sample.passed else BAD
+        line()
+        out.print(Text.assemble(f"  {sample.core:<11}", (sample.prompt.strip(), "bold")), soft_wrap=True)
+        rows = sample.answer.strip().splitlines() or ["(nothing)"]
+        for row in rows[:_SAMPLE_LINES]:
+            line(f"             {row}", style="cyan")
+        if len(rows) > _SAMPLE_LINES:
+            line(f"             … {len(rows) - _SAMPLE_LINES} more lines", style="dim")
+        line(
+            f"             {sign} {'passes its test' if sample.passed else 'fails its test'}",
+            style=STYLES[sign],
+        )
+
+
+def _quantization(run: gateway_pb2.Run) -> str:
+    """Return the type of the deployed GGUF, for example Q4_K_M."""
+    for stage in run.stages:
+        if stage.WhichOneof("result") == "package_result" and stage.package_result.quantized:
+            return str(stage.package_result.quantized[0].type)
+    return "deployed"
+
+
+def _row(name: str, text: str, style: str = "") -> None:
+    """Print a labelled line; a terminal wraps it below itself."""
+    if not out.is_terminal:
+        line(f"  {name:<10} {text}")
+        return
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_row(Text(f"  {name:<10}"), Text(text, style=style))
+    out.print(grid)
+
+
+def _percent(value: float | None) -> Text:
+    return Text("–" if value is None else f"{value:.0f} %")
+
+
+def _drop(score: deployer_pb2.Score) -> str:
+    if not score.HasField("drop_points"):
+        return ""
+    text = human.signed(score.drop_points)
+    if score.HasField("drop_low_points") and score.HasField("drop_high_points"):
+        text += f"  ({human.signed(score.drop_low_points)} to {human.signed(score.drop_high_points)})"
+    return text
+
+
+def _limits(name: str, gates: Iterable[deployer_pb2.Gate]) -> Text:
+    """Return a score's limits, each with its mark, and what the measurement can't tell."""
+    text = Text()
+    for gate in gates:
+        kind, _, about = gate.name.rpartition(":")
+        if about.strip() != name:
+            continue
+        sign = OK if gate.passed else BAD
+        short_limit = gate.limit if not kind.startswith(_DROP_GATE) else f"drop {gate.limit}"
+        text.append(f"{'  ' if text else ''}{short_limit} ")
+        text.append(sign, STYLES[sign])
+    return text

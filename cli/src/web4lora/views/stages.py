@@ -1,0 +1,158 @@
+"""A run's stages in words: how far one is, and what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from web4.lora.v1 import deployer_pb2, gateway_pb2, jobs_pb2, packager_pb2, trainer_pb2
+
+from web4lora.home import short
+from web4lora.views import human
+from web4lora.views.console import BAD, OK
+
+_FIGURES = {
+    "loss": ("loss {}", human.loss),
+    "held_out_loss": ("held-out {}", human.loss),
+    "tokens_per_second": ("{} tokens/s", human.number),
+    "peak_memory_bytes": ("{} memory", human.size),
+}
+_BYTES = "bytes"
+
+
+def stage_name(stage: gateway_pb2.Stage) -> str:
+    """Return a stage's name as people write it."""
+    return gateway_pb2.StageName.Name(stage.name).removeprefix("STAGE_NAME_").lower()
+
+
+def stage_state(stage: gateway_pb2.Stage) -> str:
+    """Return a stage's state as people write it."""
+    return gateway_pb2.StageState.Name(stage.state).removeprefix("STAGE_STATE_").lower()
+
+
+def run_state(run: gateway_pb2.Run) -> str:
+    """Return a run's state as people write it."""
+    return gateway_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+
+
+def seconds_of(stage: gateway_pb2.Stage) -> float:
+    """Return how long a stage took, or has taken until now."""
+    return human.elapsed(stage.start_time, stage.end_time)
+
+
+def progress_text(progress: jobs_pb2.Progress) -> str:
+    """Return how far a job is, without the phase: `120/226 steps · loss 0.31 · about 2 min left`."""
+    parts = [_amount(progress)] if progress.total or progress.done else []
+    figures = [_figure(name, progress.figures[name]) for name in _in_order(progress)]
+    parts += figures or ([progress.message] if progress.message else [])
+    if progress.seconds_left > 0:
+        parts.append(f"about {human.about(progress.seconds_left)} left")
+    return " · ".join(parts)
+
+
+def result_lines(stage: gateway_pb2.Stage) -> list[str]:
+    """Return what came of a stage that succeeded: a line, and more where there is more to say."""
+    kind = stage.WhichOneof("result")
+    if kind == "prepare_result":
+        return _prepared(stage.prepare_result)
+    if kind == "train_result":
+        return _trained(stage.train_result)
+    if kind == "package_result":
+        return _packaged(stage.package_result)
+    if kind == "deploy_result":
+        return [_deployed(stage.deploy_result)]
+    if kind == "verify_result":
+        return [_verified(stage.verify_result)]
+    return [""]
+
+
+def failure_lines(error: jobs_pb2.JobError) -> list[str]:
+    """Return why something failed, what to do, and which log tells more."""
+    lines = error.message.splitlines() or [error.reason]
+    lines += error.fix.splitlines()
+    log = error.metadata.get("log", "")
+    if log and log not in error.fix:
+        lines.append(f"log: {short(Path(log))}")
+    return lines
+
+
+def _amount(progress: jobs_pb2.Progress) -> str:
+    if progress.unit == _BYTES:
+        done = human.size(progress.done)
+        return f"{done} of {human.size(progress.total)}" if progress.total else done
+    unit = f" {progress.unit}" if progress.unit else ""
+    return f"{progress.done:,}/{progress.total:,}{unit}" if progress.total else f"{progress.done:,}{unit}"
+
+
+def _in_order(progress: jobs_pb2.Progress) -> list[str]:
+    """Return the figures' names: those we know first, in their order."""
+    known = [name for name in _FIGURES if name in progress.figures]
+    return known + sorted(name for name in progress.figures if name not in _FIGURES)
+
+
+def _figure(name: str, value: float) -> str:
+    if name in _FIGURES:
+        form, write = _FIGURES[name]
+        return form.format(write(value))
+    plain = name.removesuffix("_bytes").replace("_", " ")
+    return f"{plain} {human.size(value) if name.endswith('_bytes') else human.number(value)}"
+
+
+def _prepared(result: trainer_pb2.PrepareResult) -> list[str]:
+    data, estimate = result.dataset, result.estimate
+    rows = human.count(data.train_rows, "row")
+    if len(data.rows_by_core) > 1:
+        rows += f" in {human.count(len(data.rows_by_core), 'core')}"
+    parts = [
+        rows,
+        f"{data.eval_rows:,} held out",
+        f"{data.tokens:,} tokens, {data.trained_tokens:,} trained",
+        f"{data.rows_too_long:,} too long",
+    ]
+    if estimate.peak_memory_bytes:
+        parts.append(f"needs about {human.size(estimate.peak_memory_bytes)} of memory")
+    if estimate.seconds:
+        parts.append(f"about {human.about(estimate.seconds)} to train")
+    if result.device:
+        parts.append(result.device)
+    shown = [f"! {warning}" for warning in data.warnings[:3]]
+    if len(data.warnings) > len(shown):
+        shown.append(f"! … and {len(data.warnings) - len(shown)} more warnings: `web4lora dataset check`")
+    return [" · ".join(parts), *shown]
+
+
+def _trained(result: trainer_pb2.TrainResult) -> list[str]:
+    parts = [human.count(result.steps, "step"), f"loss {human.loss(result.final_loss)}"]
+    if result.HasField("held_out_loss"):
+        parts.append(f"held-out {human.loss(result.held_out_loss)}")
+    parts.append(f"{result.tokens_per_second:,.0f} tokens/s")
+    if result.peak_memory_bytes:
+        parts.append(f"{human.size(result.peak_memory_bytes)} of memory")
+    return [" · ".join(parts), *([result.verdict] if result.verdict else [])]
+
+
+def _packaged(result: packager_pb2.PackageResult) -> list[str]:
+    parts = [f"merge {OK}", f"{result.reference.type} {human.size(result.reference.size_bytes)} {OK}"]
+    for file in result.quantized:
+        saved = f"{human.MINUS}{100 * file.size_reduction:.0f} %"
+        parts.append(f"{file.type} {human.size(file.size_bytes)} ({saved}) {OK}")
+    files = [result.reference, *result.quantized]
+    parts.append(f"loads {OK if all(file.loads for file in files) else BAD}")
+    return ["  ".join([*parts, f"checksums {OK}"])]
+
+
+def _deployed(result: deployer_pb2.DeployResult) -> str:
+    deployment = result.deployment
+    return f"{deployment.id} on {deployment.target}, {deployment.endpoint}"
+
+
+def _verified(result: deployer_pb2.VerifyResult) -> str:
+    parts = [human.count(len(result.scores), "score")]
+    if any(score.HasField("reference_percent") for score in result.scores):
+        parts[0] += ", before and after quantization"
+    if result.time_to_first_token_seconds:
+        parts.append(f"first token after {result.time_to_first_token_seconds:.2f} s")
+    if result.tokens_per_second:
+        parts.append(f"{human.number(result.tokens_per_second)} tokens/s")
+    if result.memory_bytes:
+        parts.append(f"{human.size(result.memory_bytes)} of memory")
+    return " · ".join(parts)

@@ -1,0 +1,35 @@
+"""Copies the llama.cpp that a build finds in its cache into an image: `copy_llama_cpp.py CACHE TARGET`.
+
+TARGET gets `bin/` (tools and libraries), `source/` (the converter, and what it imports) and LICENSE.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import web4lora_llamacpp
+
+_CONVERTER = ("convert_hf_to_gguf.py", "conversion", "gguf-py/gguf")
+
+
+def main() -> None:
+    """Run the command."""
+    cache, target = (Path(argument) for argument in sys.argv[1:])
+    found = web4lora_llamacpp.find(cache)
+    if found is None:
+        raise SystemExit(f"There is no llama.cpp in {cache}.")
+    shutil.copytree(found.bin, target / "bin", symlinks=True)
+    for name in _CONVERTER:
+        source, place = found.source / name, target / "source" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, place)
+        else:
+            shutil.copy2(source, place)
+    shutil.copy2(found.source / "LICENSE", target / "LICENSE")
+
+
+if __name__ == "__main__":
+    main()

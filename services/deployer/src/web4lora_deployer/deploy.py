@@ -1,0 +1,295 @@
+"""Deploy a GGUF: fetch, choose a runtime, bring it in under a candidate's id, see it answer, promote it.
+
+A crash between any two steps leaves the old or the new model serving under the name; doing it again finishes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx
+from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore
+from web4lora_chassis.errors import FailedPrecondition, InvalidInput, NotFound, Web4Error
+from web4lora_chassis.jobs import Progress
+
+from web4lora_deployer import names
+from web4lora_deployer.deployments import Deployment, Deployments, Parameters
+from web4lora_deployer.gguf_file import read_facts
+from web4lora_deployer.runtimes import AUTO, choose, open_runtime
+from web4lora_deployer.runtimes.base import Deployed, Report, Runtime
+from web4lora_deployer.settings import DeployerSettings
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CONTEXT_TOKENS = 4096
+DEFAULT_PARALLEL = 4
+_MODELFILE = "modelfile.json"
+_FIRST_ANSWER_SECONDS = 600.0
+_REPORT_INTERVAL_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class DeployRequest:
+    """What to deploy, and how.
+
+    Attributes:
+        name: What people will call it.
+        gguf: The artifact of one GGUF file.
+        files: The packager's report with modelfile.json; None when there is none.
+        target: A runtime, or "auto".
+        context_tokens: Context length of one request; None takes the packager's advice, else 4096.
+        parallel: Requests answered at once, where the runtime lets us choose.
+    """
+
+    name: str
+    gguf: ArtifactRef
+    files: ArtifactRef | None = None
+    target: str = AUTO
+    context_tokens: int | None = None
+    parallel: int = DEFAULT_PARALLEL
+
+
+@dataclass(frozen=True)
+class DeployOutcome:
+    """A deployment that serves.
+
+    Attributes:
+        deployment: Its record.
+        deployed: Where it answers.
+        ready_seconds: From the call to the first answer.
+    """
+
+    deployment: Deployment
+    deployed: Deployed
+    ready_seconds: float
+
+
+def deploy(
+    request: DeployRequest,
+    settings: DeployerSettings,
+    store: ArtifactStore,
+    work_dir: Path,
+    report: Report,
+) -> DeployOutcome:
+    """Deploy a model and point its name at it.
+
+    Args:
+        request: What to deploy, and how.
+        settings: Where the runtimes and the records are.
+        store: Holds the artifacts.
+        work_dir: For small files on the way.
+        report: Takes progress.
+
+    Raises:
+        InvalidInput: A name, a file or a parameter that can't be deployed.
+        NotFound: An artifact is not in the store.
+        Unavailable: The runtime or the store is out of reach.
+        FailedPrecondition: The runtime can't take the model, or the model does not answer.
+        ResourceExhausted: Memory or disk don't suffice.
+        DataLoss: Bytes are not what their digest says.
+    """
+    started = time.monotonic()
+    names.check_name(request.name)
+    deployments = Deployments(settings.deployer_home)
+    runtime = _runtime(request.target, settings)
+    wanted = _fetch(request, runtime.target, deployments, store, work_dir, report)
+    before = _existing(deployments, wanted.id)
+    if before is not None and _same(before, wanted):
+        wanted = replace(wanted, generation=before.generation, created_at=before.created_at)
+    try:
+        deployed = runtime.deploy(wanted, deployments.path(wanted), report)
+        report(Progress(phase="first answer", message=f"{wanted.id} on {runtime.target}"))
+        _first_answer(deployed)
+    except BaseException:
+        _undo(wanted, before, runtime, deployments)
+        raise
+    ready_seconds = time.monotonic() - started
+    wanted = replace(
+        wanted, endpoint=deployed.endpoint, model=deployed.model, runtime_version=deployed.version
+    )
+    deployments.save(wanted)
+    runtime.promote(wanted)
+    deployments.promote(wanted)
+    if before is not None and before.target != wanted.target:
+        open_runtime(before.target, settings).delete(before)
+        deployments.save(wanted)  # where deleting took the record of the same id along
+    _retire(wanted, deployments, settings)
+    return DeployOutcome(wanted, deployed, ready_seconds)
+
+
+def _runtime(target: str, settings: DeployerSettings) -> Runtime:
+    """Return the runtime to use, which is there and can take a model."""
+    runtime = choose(settings) if target == AUTO else open_runtime(target, settings)
+    status = runtime.probe()
+    if not status.usable:
+        raise FailedPrecondition(
+            f"{runtime.target} can't be deployed to: {status.detail}",
+            fix="Put that right, or choose another target; `web4lora doctor` shows what was found.",
+            reason="RUNTIME_NOT_USABLE",
+            metadata={"target": runtime.target},
+        )
+    return runtime
+
+
+def _fetch(
+    request: DeployRequest,
+    target: str,
+    deployments: Deployments,
+    store: ArtifactStore,
+    work_dir: Path,
+    report: Report,
+) -> Deployment:
+    """Bring the GGUF onto this machine, verified, and say what is wanted of it."""
+    manifest = store.manifest(request.gguf)
+    if len(manifest.files) != 1:
+        raise InvalidInput(
+            f"{request.gguf} has {len(manifest.files)} files; exactly one GGUF can be deployed.",
+            fix="Merge a split model into one file first: llama-gguf-split --merge.",
+        )
+    entry = manifest.files[0]
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        report(Progress(phase="fetch", done=done, total=entry.size_bytes, unit="bytes"))
+
+    folder = deployments.models / entry.sha256[:16]
+    store.get(request.gguf, folder, advance=advance)
+    facts = read_facts(folder / entry.path)
+    parameters = _parameters(request.files, store, work_dir)
+    context_tokens = request.context_tokens or parameters.context_tokens or DEFAULT_CONTEXT_TOKENS
+    deployment_id = names.candidate_id(request.name, entry.sha256)
+    return Deployment(
+        id=deployment_id,
+        name=request.name,
+        target=target,
+        gguf=request.gguf,
+        file=f"{folder.name}/{entry.path}",
+        sha256=entry.sha256,
+        size_bytes=entry.size_bytes,
+        parameters=parameters,
+        context_tokens=min(context_tokens, facts.context_tokens or context_tokens),
+        parallel=request.parallel,
+        generation=secrets.token_hex(8),
+        model=deployment_id,
+        created_at=time.time(),
+    )
+
+
+def _parameters(files: ArtifactRef | None, store: ArtifactStore, work_dir: Path) -> Parameters:
+    """Read the packager's modelfile.json; nothing is known of a model that came without one.
+
+    Raises:
+        InvalidInput: It has the wrong form. `stop` must be a list: Ollama takes a text at creation, and then
+            refuses every chat.
+    """
+    if files is None or all(entry.path != _MODELFILE for entry in store.manifest(files).files):
+        return Parameters()
+    store.get(files, work_dir / "files", only=[_MODELFILE])
+    return read_parameters(json.loads((work_dir / "files" / _MODELFILE).read_text(encoding="utf-8")))
+
+
+def read_parameters(data: object) -> Parameters:
+    """Check the content of a modelfile.json, see `_parameters`."""
+    if not isinstance(data, dict):
+        raise InvalidInput(f"{_MODELFILE} is not a JSON object.")
+    wanted: dict[str, type | tuple[type, ...]] = {
+        "stop": list, "system": str, "temperature": (int, float), "license": str, "context_tokens": int,
+    }  # fmt: skip
+    given = {key: value for key, value in data.items() if key in wanted and value is not None}
+    for key, value in given.items():
+        if not isinstance(value, wanted[key]) or isinstance(value, bool):
+            raise InvalidInput(f"{_MODELFILE}: {key} is {value!r}, of the wrong type.")
+    stop = given.get("stop", [])
+    if not all(isinstance(text, str) and text for text in stop):
+        raise InvalidInput(f"{_MODELFILE}: stop is {stop!r}; it must be a list of texts.")
+    return Parameters(
+        stop=tuple(stop),
+        system=given.get("system", ""),
+        temperature=float(given.get("temperature", 0.0)),
+        license=given.get("license", ""),
+        context_tokens=given.get("context_tokens", 0),
+    )
+
+
+def _existing(deployments: Deployments, deployment_id: str) -> Deployment | None:
+    try:
+        return deployments.get(deployment_id)
+    except NotFound:
+        return None
+
+
+def _same(before: Deployment, wanted: Deployment) -> bool:
+    """Say whether what is deployed is what is wanted, so that nothing has to be started anew."""
+    left, right = (
+        (record.target, record.file, record.parameters, record.context_tokens, record.parallel)
+        for record in (before, wanted)
+    )
+    return left == right
+
+
+def _first_answer(deployed: Deployed) -> None:
+    """Ask for one token, which also loads the model where that happens on demand."""
+    try:
+        answer = httpx.post(
+            f"{deployed.endpoint}/chat/completions",
+            json={
+                "model": deployed.model,
+                "messages": [{"role": "user", "content": "Say hi."}],
+                "max_tokens": 1,
+                "temperature": 0,
+            },
+            timeout=httpx.Timeout(_FIRST_ANSWER_SECONDS, connect=10),
+        )
+    except httpx.HTTPError as error:
+        raise FailedPrecondition(
+            f"{deployed.model} is deployed but does not answer at {deployed.endpoint}: {error}",
+            fix="The runtime's log may say why.",
+            reason="MODEL_DOES_NOT_ANSWER",
+        ) from error
+    if answer.status_code != httpx.codes.OK or not answer.json().get("choices"):
+        raise FailedPrecondition(
+            f"{deployed.model} does not answer: {deployed.endpoint} said {answer.status_code}: "
+            f"{answer.text[:300]}",
+            fix="The runtime's log may say why.",
+            reason="MODEL_DOES_NOT_ANSWER",
+        )
+
+
+def _undo(wanted: Deployment, before: Deployment | None, runtime: Runtime, deployments: Deployments) -> None:
+    """Leave what was there before a deployment that did not succeed."""
+    try:
+        if before is not None:
+            deployments.save(before)
+            return
+        runtime.delete(wanted)
+    except Web4Error as error:  # the reason why the deployment failed matters more
+        log.warning("cleaning up after %s: %s", wanted.id, error)
+    finally:
+        if before is None:
+            deployments.remove(wanted)
+
+
+def _retire(current: Deployment, deployments: Deployments, settings: DeployerSettings) -> None:
+    """Unload the candidates that served before, and delete those beyond the number that is kept."""
+    name = deployments.name(current.name)
+    kept = name.previous[: settings.keep_candidates - 1] if name else ()
+    for record in deployments.list():
+        if record.name != current.name or record.id == current.id:
+            continue
+        runtime = open_runtime(record.target, settings)
+        try:
+            if record.id in kept:
+                deployments.save(replace(record, loaded=False))
+                runtime.unload(record)
+            else:
+                runtime.delete(record)
+                deployments.remove(record)
+        except Web4Error as error:  # the new one serves; the old one can wait for the next deployment
+            log.warning("retiring %s: %s", record.id, error)

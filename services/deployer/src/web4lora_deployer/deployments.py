@@ -1,0 +1,208 @@
+"""What is deployed, on disk: one file a candidate, one a name. Whoever crashes leaves the old or the new.
+
+`deployments/<id>.json` is what is wanted; the deploy job writes it, and the supervisor in the service makes
+it so where the runtime is llama-server. `names/<name>.json` says which candidate serves under a name, and
+which did before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from web4lora_chassis.artifacts import ArtifactRef
+from web4lora_chassis.errors import NotFound
+from web4lora_chassis.jobs.record import write_json
+
+from web4lora_deployer.names import file_name, is_candidate_id, is_name
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How a model wants to be used; the packager's modelfile.json.
+
+    Attributes:
+        stop: Texts that end an answer, besides the model's own end token.
+        system: The base model's default system message; empty when it has none.
+        temperature: Sampling temperature for requests that name none.
+        license: The model's licence; may be empty.
+        context_tokens: The packager's advice; 0 when it gives none.
+    """
+
+    stop: tuple[str, ...] = ()
+    system: str = ""
+    temperature: float = 0.0
+    license: str = ""
+    context_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model in a runtime, as it is wanted.
+
+    Attributes:
+        id: `name:v<digest8>`.
+        name: What people call it.
+        target: The runtime.
+        gguf: The artifact.
+        file: The GGUF, relative to the folder of models.
+        sha256: Of the file, 64 lower-case hex digits.
+        size_bytes: Of the file.
+        parameters: How the model wants to be used.
+        context_tokens: Context length of one request.
+        parallel: Requests answered at once, where the runtime lets us choose.
+        generation: Changes when it is deployed with other settings; tells an old status from a new one.
+        loaded: False for one that is kept for a rollback and takes no memory meanwhile.
+        endpoint: Where it answered when it was deployed.
+        model: Its name in requests.
+        runtime_version: Version of the runtime it was brought into.
+        created_at: Seconds since 1970.
+    """
+
+    id: str
+    name: str
+    target: str
+    gguf: ArtifactRef
+    file: str
+    sha256: str
+    size_bytes: int
+    parameters: Parameters
+    context_tokens: int
+    parallel: int
+    generation: str
+    loaded: bool = True
+    endpoint: str = ""
+    model: str = ""
+    runtime_version: str = ""
+    created_at: float = 0.0
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Read it back from JSON data."""
+        parameters = dict(data["parameters"])
+        parameters["stop"] = tuple(parameters["stop"])
+        return cls(
+            **{
+                **data,
+                "gguf": ArtifactRef.from_json(data["gguf"]),
+                "parameters": Parameters(**parameters),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name people call: the candidate that serves under it, and those before, newest first."""
+
+    name: str
+    current: str
+    previous: tuple[str, ...] = field(default=())
+
+
+class Deployments:
+    """The records below the deployer's folder.
+
+    Args:
+        root: The deployer's folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._records = root / "deployments"
+        self._names = root / "names"
+        self.models = root / "models"
+        for folder in (self._records, self._names, self.models):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def list(self) -> list[Deployment]:
+        """Return all deployments, newest first."""
+        return sorted(self._load(), key=lambda record: (record.created_at, record.id), reverse=True)
+
+    def get(self, deployment_id: str) -> Deployment:
+        """Return a deployment by its id.
+
+        Raises:
+            NotFound: No such deployment.
+        """
+        if is_candidate_id(deployment_id):
+            record = _read(self._records / file_name(deployment_id))
+            if record is not None:
+                return record
+        raise NotFound(
+            f"There is no deployment {deployment_id!r}.",
+            fix="`web4lora deployments list` shows them.",
+            metadata={"deployment": deployment_id},
+        )
+
+    def find(self, id_or_name: str) -> Deployment:
+        """Return a deployment by its id, or the one that a name stands for: promoted, else the newest.
+
+        Raises:
+            NotFound: No such deployment.
+        """
+        name = self.name(id_or_name)
+        if name is not None:
+            return self.get(name.current)
+        for record in self.list():
+            if record.name == id_or_name:
+                return record
+        return self.get(id_or_name)
+
+    def save(self, record: Deployment) -> None:
+        """Write a deployment, new or changed."""
+        write_json(self._records / file_name(record.id), asdict(record))
+
+    def remove(self, record: Deployment) -> None:
+        """Forget a deployment, its place under its name, and its file when no other one serves it."""
+        (self._records / file_name(record.id)).unlink(missing_ok=True)
+        name = self.name(record.name)
+        if name is not None and name.current == record.id:
+            (self._names / f"{record.name}.json").unlink(missing_ok=True)
+        elif name is not None and record.id in name.previous:
+            rest = tuple(other for other in name.previous if other != record.id)
+            write_json(self._names / f"{record.name}.json", asdict(replace(name, previous=rest)))
+        if all(other.file != record.file for other in self._load()):
+            model = self.models / record.file
+            model.unlink(missing_ok=True)
+            if model.parent.is_dir() and not any(model.parent.iterdir()):
+                model.parent.rmdir()
+
+    def name(self, name: str) -> Name | None:
+        """Return what a name stands for, or None when nothing was promoted to it."""
+        if not is_name(name):
+            return None
+        try:
+            data = json.loads((self._names / f"{name}.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return Name(data["name"], data["current"], tuple(data["previous"]))
+
+    def promote(self, record: Deployment) -> Name:
+        """Let a name stand for a deployment from now on; the one before is remembered."""
+        before = self.name(record.name)
+        if before is not None and before.current == record.id:
+            return before
+        past = (before.current, *before.previous) if before is not None else ()
+        name = Name(record.name, record.id, tuple(other for other in past if other != record.id))
+        write_json(self._names / f"{record.name}.json", asdict(name))
+        return name
+
+    def path(self, record: Deployment) -> Path:
+        """Return where a deployment's GGUF lies."""
+        return self.models / record.file
+
+    def _load(self) -> Iterator[Deployment]:
+        for path in sorted(self._records.glob("*.json")):
+            record = _read(path)
+            if record is not None:
+                yield record
+
+
+def _read(path: Path) -> Deployment | None:
+    """Read a record; None when it is not there, or no longer."""
+    try:
+        return Deployment.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None

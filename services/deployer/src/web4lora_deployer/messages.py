@@ -1,0 +1,39 @@
+"""Deployments and runtimes as messages of the contract."""
+
+from __future__ import annotations
+
+from web4.lora.v1 import deployer_pb2
+from web4lora_chassis.rpc import ref_message
+
+from web4lora_deployer.deployments import Deployment
+from web4lora_deployer.runtimes.base import Health, RuntimeStatus
+
+
+def deployment_message(record: Deployment, health: Health) -> deployer_pb2.Deployment:
+    """Return a deployment and how it does as a message."""
+    deployed = health.deployed
+    message = deployer_pb2.Deployment(
+        id=record.id,
+        name=record.name,
+        target=record.target,
+        endpoint=deployed.endpoint if deployed else record.endpoint,
+        model=deployed.model if deployed else record.model,
+        gguf=ref_message(record.gguf),
+        state=deployer_pb2.DeploymentState.Value(f"DEPLOYMENT_STATE_{health.state}"),
+        detail=health.detail,
+        runtime_version=deployed.version if deployed else record.runtime_version,
+        context_tokens=record.context_tokens,
+    )
+    message.create_time.FromMilliseconds(int(record.created_at * 1000))
+    return message
+
+
+def runtime_message(status: RuntimeStatus) -> deployer_pb2.Runtime:
+    """Return what was found of a runtime as a message."""
+    return deployer_pb2.Runtime(
+        target=status.target,
+        usable=status.usable,
+        address=status.address,
+        version=status.version,
+        detail=status.detail,
+    )

@@ -1,0 +1,97 @@
+"""eval.json: the report for programs. Its form is described in eval.schema.json beside this file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import version
+from typing import Any
+
+from web4lora_deployer.report.facts import Measured, ReportFacts, VerifySummary
+from web4lora_deployer.suite import Answer, Score, score_details
+
+SCHEMA = "web4lora.eval/1"
+_PACKAGES = ("web4lora-deployer", "httpx", "tree-sitter", "tree-sitter-typescript")
+
+
+def eval_json(facts: ReportFacts, summary: VerifySummary, measured_at: datetime) -> dict[str, Any]:
+    """Return the report as JSON data."""
+    prompts = {prompt.id: prompt for prompt in facts.suite.prompts}
+    answers: list[dict[str, Any]] = [
+        {"id": prompt.id, "core": prompt.core, "question": prompt.question, "wanted": prompt.reference}
+        for prompt in prompts.values()
+    ]
+    for role, measured in facts.models.items():
+        for row, answer in zip(answers, measured.result.answers, strict=True):
+            row[role] = _answer(answer)
+    return {
+        "schema": SCHEMA,
+        "name": facts.name,
+        "measured_at": measured_at.isoformat(timespec="seconds"),
+        "passed": summary.passed,
+        "verdict": summary.verdict,
+        "run_id": facts.run.get("run_id"),
+        "suite": {
+            "name": facts.suite.name,
+            "digest": facts.suite.digest,
+            "seed": facts.suite.seed,
+            "prompts": len(facts.suite.prompts),
+        },
+        "models": {role: _model(measured) for role, measured in facts.models.items()},
+        "scores": [_score(score) for score in summary.scores],
+        "details": [_score(score) for score in details(facts)],
+        "gates": [asdict(gate) for gate in summary.gates],
+        "time_to_first_token_seconds": summary.time_to_first_token_seconds or None,
+        "tokens_per_second": summary.tokens_per_second or None,
+        "memory_bytes": summary.memory_bytes or None,
+        "size_reduction": facts.size_reduction,
+        "latency": [asdict(latency) for latency in facts.deployed.result.latency],
+        "robustness": [{"id": a.id} | _answer(a) for a in facts.deployed.result.robustness],
+        "answers": answers,
+        "notes": list(facts.deployed.result.notes),
+        "versions": versions(),
+    }
+
+
+def details(facts: ReportFacts) -> Iterable[Score]:
+    """Return the scores that only explain others, such as each rule of the house style."""
+    reference = facts.reference.result if facts.reference else None
+    base = facts.base.result if facts.base else None
+    for core in facts.suite.cores:
+        yield from score_details(facts.suite, core.name, facts.deployed.result, reference, base)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what measured."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def _score(score: Score) -> dict[str, Any]:
+    return asdict(score)
+
+
+def _model(measured: Measured) -> dict[str, Any]:
+    known = {key: value for key, value in asdict(measured.model).items() if value}
+    result = measured.result
+    return known | {
+        "seconds": round(result.seconds, 3),
+        "requests_at_once": result.parallel,
+        "output_tokens": result.output_tokens,
+        "retries": result.retries,
+    }
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    reply = answer.reply
+    return {
+        "text": reply.text,
+        "finish_reason": reply.finish_reason,
+        "prompt_tokens": reply.prompt_tokens,
+        "output_tokens": reply.output_tokens,
+        "first_token_seconds": round(reply.first_token_seconds, 4),
+        "seconds": round(reply.seconds, 4),
+        "tokens_per_second": round(reply.tokens_per_second, 2),
+        "checks": {check.name: check.passed for check in answer.checks},
+        "reasons": {check.name: check.reason for check in answer.checks if not check.passed},
+    }

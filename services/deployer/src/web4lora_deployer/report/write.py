@@ -1,0 +1,43 @@
+"""Writes the reports of a test."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from web4lora_deployer.report.diagram import write_diagram
+from web4lora_deployer.report.eval_json import eval_json
+from web4lora_deployer.report.facts import ReportFacts, VerifySummary, summarize
+from web4lora_deployer.report.markdown import eval_log
+from web4lora_deployer.report.plots import plot_latency, plot_scores
+
+
+def write_reports(folder: Path, facts: ReportFacts) -> VerifySummary:
+    """Write eval_log.md, eval.json, drawio_diagram.png, scores.png and, when measured, latency.png.
+
+    Args:
+        folder: Where; made when it is missing.
+        facts: What was measured.
+
+    Returns:
+        Scores, limits and verdict, and the files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    measured_at = facts.measured_at or datetime.now(UTC)
+    summary = summarize(facts)
+    plots = ["scores.png"]
+    plot_scores(folder / "scores.png", facts, summary)
+    if facts.deployed.result.latency:
+        plots.append("latency.png")
+        plot_latency(folder / "latency.png", facts)
+    write_diagram(folder / "drawio_diagram.png", facts, summary)
+    data = eval_json(facts, summary, measured_at)
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    # An answer can hold half of a pair of surrogates, which UTF-8 can't write.
+    (folder / "eval.json").write_text(text, encoding="utf-8", errors="replace")
+    log = eval_log(facts, summary, measured_at, plots)
+    (folder / "eval_log.md").write_text(log, encoding="utf-8", errors="replace")
+    names = ("eval_log.md", "eval.json", "drawio_diagram.png", *plots)
+    return replace(summary, files=tuple(folder / name for name in names))

@@ -1,0 +1,205 @@
+"""Ollama as a runtime: the GGUF as a blob, a model made of it by JSON, its prompts compared with training's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from web4lora_chassis.errors import FailedPrecondition, NotFound, Unavailable, Web4Error
+from web4lora_chassis.jobs import Progress
+
+from web4lora_deployer.deployments import Deployment
+from web4lora_deployer.gguf_file import GgufFacts, read_facts
+from web4lora_deployer.runtimes.base import Deployed, Health, Report, RuntimeStatus, State
+from web4lora_deployer.runtimes.ollama_api import OllamaApi
+from web4lora_deployer.settings import DeployerSettings
+from web4lora_deployer.templates import Difference, GoTemplate, compare, go_template
+
+TARGET = "ollama"
+_OLDEST = (0, 31, 2)
+_NEWEST_SEEN = (0, 34)
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+
+
+class OllamaRuntime:
+    """See `Runtime`."""
+
+    target = TARGET
+
+    def __init__(self, settings: DeployerSettings) -> None:
+        self._api = OllamaApi(settings.ollama)
+
+    def probe(self) -> RuntimeStatus:
+        """Ask for its version, and say whether that can take a quantized GGUF."""
+        address = self._api.address
+        try:
+            version = self._api.version()
+        except Unavailable:
+            detail = f"not running at {address}: start Ollama, or set WEB4LORA_OLLAMA to its address"
+            return RuntimeStatus(self.target, usable=False, address=address, detail=detail)
+        match = _VERSION.match(version)
+        if not match:
+            detail = f"what answers at {address} is not Ollama, or not a released one: version {version!r}"
+            return RuntimeStatus(self.target, usable=False, address=address, detail=detail)
+        number = tuple(int(part) for part in match.groups())
+        if number < _OLDEST:
+            oldest = ".".join(map(str, _OLDEST))
+            detail = (
+                f"Ollama at {address} is {version}; {oldest} or newer is needed to take a quantized GGUF. "
+                "Update Ollama, or deploy with `--target llama-server`."
+            )
+            return RuntimeStatus(self.target, usable=False, address=address, version=version, detail=detail)
+        newer = number[:2] > _NEWEST_SEEN
+        detail = f"newer than {'.'.join(map(str, _NEWEST_SEEN))}, the newest one tested" if newer else ""
+        return RuntimeStatus(self.target, usable=True, address=address, version=version, detail=detail)
+
+    def deploy(self, deployment: Deployment, file: Path, report: Report) -> Deployed:
+        """Upload what is missing, create the model, and see that it is what was asked for."""
+        status = self.probe()
+        if not status.usable:
+            raise FailedPrecondition(status.detail, reason="RUNTIME_NOT_USABLE")
+        self._upload(deployment, file, report)
+        facts = read_facts(file)
+        system = deployment.parameters.system
+        self._create(deployment, GoTemplate("", system), report)
+        difference = self._difference(deployment, facts, report)
+        if difference is not None:
+            own = go_template(facts)
+            if own is not None:
+                self._create(deployment, GoTemplate(own.text, system or own.system), report)
+                difference = self._difference(deployment, facts, report)
+        if difference is not None:
+            raise FailedPrecondition(
+                f"Ollama would not serve {deployment.id} the prompts it was trained on: {difference}",
+                fix="Deploy it to llama-server or Docker Model Runner, which use the model's own template.",
+                reason="TEMPLATE_DIFFERS",
+            )
+        return Deployed(self._api.endpoint, deployment.id, status.version)
+
+    def promote(self, deployment: Deployment) -> None:
+        """Copy the candidate's manifest to the name; both then share their bytes."""
+        self._api.copy(deployment.id, deployment.name)
+        if self._api.digest(deployment.name) != self._api.digest(deployment.id):
+            raise Unavailable(f"Ollama did not point {deployment.name} at {deployment.id}.", fix="Try again.")
+
+    def withdraw(self, deployment: Deployment) -> None:
+        """Delete the name; the candidates keep their own."""
+        self._api.delete(deployment.name)
+
+    def health(self, deployment: Deployment) -> Health:
+        """See that Ollama is there and still has the model."""
+        deployed = Deployed(self._api.endpoint, deployment.id, deployment.runtime_version)
+        try:
+            self._api.show(deployment.id)
+        except NotFound:
+            return Health(State.FAILED, "Ollama no longer has it; deploy it again", deployed)
+        except Web4Error as error:
+            return Health(State.FAILED, error.message, deployed)
+        return Health(State.SERVING if deployment.loaded else State.STOPPED, "", deployed)
+
+    def memory_bytes(self, deployment: Deployment) -> int:
+        """Return what Ollama says that the model takes."""
+        for model in self._api.loaded():
+            if deployment.id in (model.get("name"), model.get("model")):
+                return int(model.get("size", 0))
+        return 0
+
+    def unload(self, deployment: Deployment) -> None:
+        """Free its memory until the next request."""
+        self._api.unload(deployment.id)
+
+    def restore(self, deployment: Deployment) -> None:
+        """Nothing to do: Ollama keeps its models and loads them when asked."""
+
+    def delete(self, deployment: Deployment) -> None:
+        """Remove the candidate; its bytes go when no other name uses them."""
+        self._api.delete(deployment.id)
+
+    def _upload(self, deployment: Deployment, file: Path, report: Report) -> None:
+        """Bring the file in, unless Ollama has it."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            report(Progress(phase="upload", done=done, total=deployment.size_bytes, unit="bytes"))
+
+        if self._api.has_blob(deployment.sha256):
+            advance(deployment.size_bytes)
+        else:
+            self._api.put_blob(deployment.sha256, file, advance)
+
+    def _create(self, deployment: Deployment, template: GoTemplate, report: Report) -> None:
+        """Create the model and compare it with what was asked."""
+        parameters = model_parameters(deployment)
+        body: dict[str, Any] = {
+            "model": deployment.id,
+            "files": {Path(deployment.file).name: f"sha256:{deployment.sha256}"},
+            "parameters": parameters,
+        }
+        optional = {
+            "system": template.system, "template": template.text, "license": deployment.parameters.license,
+        }  # fmt: skip
+        body.update({key: value for key, value in optional.items() if value})
+        self._api.create(body, lambda said: report(Progress(phase="create", message=said)))
+        check_shown(self._api.show(deployment.id), parameters, template)
+
+    def _difference(self, deployment: Deployment, facts: GgufFacts, report: Report) -> Difference | None:
+        """Compare what Ollama renders with what training did; None for a model without a template."""
+        if not facts.chat_template:
+            return None
+        report(Progress(phase="compare templates"))
+        return compare(facts, lambda messages: self._api.render(deployment.id, messages))
+
+
+def model_parameters(deployment: Deployment) -> dict[str, Any]:
+    """Return the model's parameters as /api/create takes them; it does not check them itself."""
+    parameters: dict[str, Any] = {
+        "num_ctx": deployment.context_tokens,
+        "temperature": deployment.parameters.temperature,
+    }
+    if deployment.parameters.stop:
+        parameters["stop"] = list(deployment.parameters.stop)
+    return parameters
+
+
+def check_shown(shown: Mapping[str, Any], parameters: Mapping[str, Any], template: GoTemplate) -> None:
+    """Compare what Ollama shows of a model with what was asked.
+
+    Raises:
+        FailedPrecondition: It made something else.
+    """
+    wanted = {f"{key} {value!r}": _has(shown, key, value) for key, value in parameters.items()}
+    wanted["the system message"] = not template.system or shown.get("system") == template.system
+    wanted["the template"] = not template.text or shown.get("template") == template.text
+    missing = [name for name, found in wanted.items() if not found]
+    if missing:
+        raise FailedPrecondition(
+            f"Ollama created the model without {', '.join(missing)}.",
+            fix="Try again; if it happens again, this version of Ollama is not known to us.",
+            reason="MODEL_NOT_AS_ASKED",
+        )
+
+
+def _has(shown: Mapping[str, Any], key: str, value: object) -> bool:
+    """Say whether the text of `parameters`, one "name value" a line, holds a parameter."""
+    lines = [line.split(maxsplit=1) for line in str(shown.get("parameters", "")).splitlines()]
+    given = [words[1].strip() for words in lines if len(words) == 2 and words[0] == key]
+    if isinstance(value, list):
+        return set(given) >= {_quoted(text) for text in value}
+    return any(_number(text) == value for text in given)
+
+
+def _quoted(text: str) -> str:
+    """Quote a text as Go's %q does, for the signs that stop texts are made of."""
+    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return '"' + "".join(escapes.get(sign, sign) for sign in text) + '"'
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

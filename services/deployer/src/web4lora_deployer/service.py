@@ -1,0 +1,174 @@
+"""The deployer's RPCs: jobs, deployments, and which runtimes there are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from web4.lora.v1 import artifacts_pb2, deployer_pb2, deployer_pb2_grpc
+from web4lora_chassis.errors import InvalidInput, NotFound
+from web4lora_chassis.rpc import JobApi, ref_of
+
+from web4lora_deployer import names
+from web4lora_deployer.deployments import Deployment, Deployments
+from web4lora_deployer.messages import deployment_message, runtime_message
+from web4lora_deployer.runtimes import AUTO, RUNTIMES, check_target, open_runtime
+from web4lora_deployer.settings import DeployerSettings
+
+if TYPE_CHECKING:
+    import grpc
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+_CONTEXT_TOKENS = (128, 1 << 20)
+_PARALLEL = (1, 64)
+
+
+class DeployerService(deployer_pb2_grpc.DeployerServiceServicer):
+    """Answers the contract's DeployerService.
+
+    Args:
+        jobs: The job RPCs.
+        settings: Where records and runtimes are.
+    """
+
+    def __init__(self, jobs: JobApi[deployer_pb2.DeployerJob], settings: DeployerSettings) -> None:
+        self._jobs = jobs
+        self._settings = settings
+        self._deployments = Deployments(settings.deployer_home)
+
+    async def GetDeployerInfo(
+        self, _request: deployer_pb2.GetDeployerInfoRequest, _context: Context
+    ) -> deployer_pb2.GetDeployerInfoResponse:
+        """Look for all runtimes at once."""
+        found = await asyncio.gather(
+            *(asyncio.to_thread(make(self._settings).probe) for make in RUNTIMES.values())
+        )
+        return deployer_pb2.GetDeployerInfoResponse(
+            version=version("web4lora-deployer"), runtimes=[runtime_message(status) for status in found]
+        )
+
+    async def CreateDeployerJob(
+        self, request: deployer_pb2.CreateDeployerJobRequest, _context: Context
+    ) -> deployer_pb2.CreateDeployerJobResponse:
+        """Create a job."""
+        return deployer_pb2.CreateDeployerJobResponse(job=await self._jobs.create(request))
+
+    async def GetDeployerJob(
+        self, request: deployer_pb2.GetDeployerJobRequest, _context: Context
+    ) -> deployer_pb2.GetDeployerJobResponse:
+        """Return a job."""
+        return deployer_pb2.GetDeployerJobResponse(job=self._jobs.get(request.id))
+
+    async def ListDeployerJobs(
+        self, request: deployer_pb2.ListDeployerJobsRequest, _context: Context
+    ) -> deployer_pb2.ListDeployerJobsResponse:
+        """List jobs."""
+        jobs, token = self._jobs.list(request)
+        return deployer_pb2.ListDeployerJobsResponse(jobs=jobs, next_page_token=token)
+
+    async def WatchDeployerJob(
+        self, request: deployer_pb2.WatchDeployerJobRequest, _context: Context
+    ) -> AsyncIterator[deployer_pb2.WatchDeployerJobResponse]:
+        """Stream snapshots of a job."""
+        async for job in self._jobs.watch(request.id):
+            yield deployer_pb2.WatchDeployerJobResponse(job=job)
+
+    async def CancelDeployerJob(
+        self, request: deployer_pb2.CancelDeployerJobRequest, _context: Context
+    ) -> deployer_pb2.CancelDeployerJobResponse:
+        """Ask a job to end."""
+        return deployer_pb2.CancelDeployerJobResponse(job=await self._jobs.cancel(request.id))
+
+    async def ListDeployments(
+        self, _request: deployer_pb2.ListDeploymentsRequest, _context: Context
+    ) -> deployer_pb2.ListDeploymentsResponse:
+        """List deployments, each asked how it does, all at once."""
+        records = await asyncio.to_thread(self._deployments.list)
+        messages = await asyncio.gather(*(self._message(record) for record in records))
+        return deployer_pb2.ListDeploymentsResponse(deployments=messages)
+
+    async def GetDeployment(
+        self, request: deployer_pb2.GetDeploymentRequest, _context: Context
+    ) -> deployer_pb2.GetDeploymentResponse:
+        """Return a deployment by id or name."""
+        record = await asyncio.to_thread(self._deployments.find, request.id)
+        return deployer_pb2.GetDeploymentResponse(deployment=await self._message(record))
+
+    async def DeleteDeployment(
+        self, request: deployer_pb2.DeleteDeploymentRequest, _context: Context
+    ) -> deployer_pb2.DeleteDeploymentResponse:
+        """Take a deployment out, and its name's place when it has it."""
+        try:
+            record = await asyncio.to_thread(self._deployments.get, request.id)
+        except NotFound:
+            return deployer_pb2.DeleteDeploymentResponse()
+        await asyncio.to_thread(self._delete, record)
+        return deployer_pb2.DeleteDeploymentResponse()
+
+    def _delete(self, record: Deployment) -> None:
+        runtime = open_runtime(record.target, self._settings)
+        name = self._deployments.name(record.name)
+        if name is not None and name.current == record.id:
+            runtime.withdraw(record)
+        runtime.delete(record)
+        self._deployments.remove(record)
+
+    async def _message(self, record: Deployment) -> deployer_pb2.Deployment:
+        runtime = open_runtime(record.target, self._settings)
+        return deployment_message(record, await asyncio.to_thread(runtime.health, record))
+
+
+def check(_kind: str, spec: deployer_pb2.DeploySpec | deployer_pb2.VerifySpec) -> None:
+    """Refuse a spec out of bounds before its job is accepted.
+
+    Raises:
+        InvalidInput: The message names the field.
+    """
+    if isinstance(spec, deployer_pb2.DeploySpec):
+        _check_deploy(spec)
+    else:
+        _check_verify(spec)
+
+
+def _check_deploy(spec: deployer_pb2.DeploySpec) -> None:
+    names.check_name(spec.name)
+    _check_ref("gguf", spec.gguf, "gguf")
+    if spec.HasField("files"):
+        _check_ref("files", spec.files, "report")
+    settings = spec.deploy
+    if settings.HasField("target") and settings.target != AUTO:
+        check_target(settings.target)
+    if settings.HasField("context_tokens"):
+        _check_range("context_tokens", settings.context_tokens, *_CONTEXT_TOKENS)
+    if settings.HasField("parallel"):
+        _check_range("parallel", settings.parallel, *_PARALLEL)
+
+
+def _check_range(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidInput(
+            f"deploy.{field} is {value}; it needs {low} to {high}.", metadata={"field": f"deploy.{field}"}
+        )
+
+
+def _check_verify(spec: deployer_pb2.VerifySpec) -> None:
+    names.check_name(spec.name)
+    _check_ref("verify.suite", spec.verify.suite, "suite")
+    if spec.HasField("reference"):
+        _check_ref("reference", spec.reference, "gguf")
+    if spec.HasField("base_gguf"):
+        _check_ref("base_gguf", spec.base_gguf, "gguf")
+    if not spec.deployment:
+        raise InvalidInput("deployment is empty; name what to test.", metadata={"field": "deployment"})
+
+
+def _check_ref(field: str, message: artifacts_pb2.ArtifactRef, kind: str) -> None:
+    try:
+        ref = ref_of(message)
+    except InvalidInput as error:
+        raise InvalidInput(f"{field}: {error.message}", fix=error.fix, metadata={"field": field}) from error
+    if ref.kind != kind:
+        raise InvalidInput(f"{field} names {ref}; it needs a {kind}.", metadata={"field": field})

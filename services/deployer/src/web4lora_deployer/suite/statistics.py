@@ -1,0 +1,87 @@
+"""Intervals for scores of few prompts.
+
+A score is a proportion: Wilson's interval (Wilson 1927, JASA 22:209-212), which keeps its level for few
+prompts and for scores near 100 %. A drop is a difference of paired proportions, both models having answered
+the same prompts: Tango's score interval (Tango 1998, Statistics in Medicine 17:891-908), which keeps its
+level for few pairs and, unlike the square-and-add interval, stays wide when no pair differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval, as proportions."""
+
+    low: float
+    high: float
+
+
+def wilson_interval(passed: int, prompts: int) -> Interval:
+    """Return the interval of a single proportion, `passed` of `prompts`."""
+    if prompts == 0:
+        return Interval(0.0, 1.0)
+    share, z2 = passed / prompts, Z_95**2
+    middle = (share + z2 / (2 * prompts)) / (1 + z2 / prompts)
+    half = Z_95 / (1 + z2 / prompts) * math.sqrt(share * (1 - share) / prompts + z2 / (4 * prompts**2))
+    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+
+
+def paired_difference_interval(lost: int, gained: int, prompts: int) -> Interval:
+    """Return the interval of a paired drop, (lost - gained) / prompts.
+
+    Args:
+        lost: Prompts that only the first model passed.
+        gained: Prompts that only the second one passed.
+        prompts: All prompts, those with equal results included.
+
+    Returns:
+        The differences that Tango's score test does not reject at the 5 % level.
+    """
+    if prompts == 0:
+        return Interval(-1.0, 1.0)
+    estimate = (lost - gained) / prompts
+
+    def score(difference: float) -> float:
+        return tango_score(lost, gained, prompts, difference)
+
+    low = -1.0 if estimate <= -1 else _root(lambda d: score(d) - Z_95, -1.0, estimate)
+    high = 1.0 if estimate >= 1 else _root(lambda d: score(d) + Z_95, estimate, 1.0)
+    return Interval(low, high)
+
+
+def tango_score(lost: int, gained: int, prompts: int, difference: float) -> float:
+    """Return Tango's test statistic for a true drop of `difference`; about standard normal if it is true."""
+    # The probability of a gain that is likeliest under the hypothesis: the larger root of a quadratic.
+    a = 2 * prompts
+    b = (2 * prompts - lost + gained) * difference - lost - gained
+    c = -gained * difference * (1 - difference)
+    gain = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)
+    variance = prompts * (2 * gain + difference * (1 - difference))
+    numerator = lost - gained - prompts * difference
+    if variance <= 0:
+        return math.copysign(math.inf, numerator) if numerator else 0.0
+    return numerator / math.sqrt(variance)
+
+
+def prompts_to_settle(drop: float) -> int:
+    """Return the fewest prompts whose interval stays within a drop (a proportion) when no answer changes."""
+    z2 = Z_95**2
+    return math.ceil(z2 / drop - z2 - 1e-9)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Find where a falling function crosses zero, by bisection."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        if function(middle) > 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

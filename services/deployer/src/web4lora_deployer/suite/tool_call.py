@@ -1,0 +1,117 @@
+"""Grades a tool call: one JSON object with exactly the keys `tool` and `args`, and nothing around it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from web4lora_deployer.suite.check import Check, check, shorten
+
+TITLES: Mapping[str, str] = {
+    "tool_call.valid": "tool call, valid",
+    "tool_call.right_tool": "tool call, right tool",
+    "tool_call.exact": "tool call, exact",
+}
+DETAIL_TITLES: Mapping[str, str] = {}
+
+
+def validate_check(expected: Mapping[str, Any]) -> str:
+    """Say what is wrong with a prompt's `check`; empty when it is right."""
+    if set(expected) != {"tool", "args"}:
+        return 'check must be {"tool": NAME, "args": {…}}'
+    if not isinstance(expected["tool"], str) or not isinstance(expected["args"], dict):
+        return "check.tool must be a string and check.args an object"
+    return ""
+
+
+def grade(text: str, expected: Mapping[str, Any]) -> list[Check]:
+    """Grade one answer.
+
+    Args:
+        text: The whole answer; white space around it is ignored.
+        expected: The call that is wanted: its `tool` and `args`.
+
+    Returns:
+        tool_call.valid, tool_call.right_tool and tool_call.exact.
+    """
+    call, invalid = _parse(text)
+    wrong_tool = differs = invalid
+    if call is not None:
+        if call["tool"] != expected["tool"]:
+            wrong_tool = differs = f'calls "{shorten(call["tool"])}", wanted "{expected["tool"]}"'
+        else:
+            differs = _difference(call["args"], expected["args"], "args")
+    return [
+        check("tool_call.valid", invalid),
+        check("tool_call.right_tool", wrong_tool),
+        check("tool_call.exact", differs),
+    ]
+
+
+def _parse(text: str) -> tuple[dict[str, Any] | None, str]:
+    """Return the call, or None and why it isn't one."""
+    try:
+        value = json.loads(
+            text.strip(), object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant
+        )
+    except RecursionError:
+        return None, "nested too deeply"
+    except ValueError as error:
+        return None, f"not JSON: {shorten(error)}"
+    if not isinstance(value, dict):
+        return None, f"JSON, but no object: {shorten(json.dumps(value))}"
+    if set(value) != {"tool", "args"}:
+        return None, f"its keys are {', '.join(map(shorten, value)) or 'none'}; wanted are tool and args"
+    if not isinstance(value["tool"], str):
+        return None, "tool is no string"
+    if not isinstance(value["args"], dict):
+        return None, "args is no object"
+    return value, ""
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'the key "{shorten(twice)}" occurs twice')
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _difference(found: Any, wanted: Any, where: str) -> str:
+    """Say where two JSON values differ; empty when they are equal.
+
+    Values of different JSON types differ: 1, "1" and true are three values. JSON has one type for numbers,
+    so 1 and 1.0 are equal, as JSON Schema has it too. The order of keys is free, that of arrays is not.
+    """
+    if _json_type(found) != _json_type(wanted):
+        return f"{where} is {_json(found)}, wanted {_json(wanted)}"
+    if isinstance(found, dict):
+        if missing := [key for key in wanted if key not in found]:
+            return f"{where}.{missing[0]} is missing"
+        if extra := [key for key in found if key not in wanted]:
+            return f"{where}.{shorten(extra[0])} was not asked for"
+        return next(
+            (d for key in wanted if (d := _difference(found[key], wanted[key], f"{where}.{key}"))), ""
+        )
+    if isinstance(found, list):
+        if len(found) != len(wanted):
+            return f"{where} has {len(found)} items, wanted {len(wanted)}"
+        pairs = enumerate(zip(found, wanted, strict=True))
+        return next((d for i, (f, w) in pairs if (d := _difference(f, w, f"{where}[{i}]"))), "")
+    return "" if found == wanted else f"{where} is {_json(found)}, wanted {_json(wanted)}"
+
+
+def _json_type(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def _json(value: Any) -> str:
+    return shorten(json.dumps(value, ensure_ascii=False), 60)

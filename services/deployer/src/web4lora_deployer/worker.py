@@ -1,0 +1,46 @@
+"""The child process of a deployer's job: reads the spec, does the work, returns the contract's result."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.json_format import ParseDict
+from web4.lora.v1 import deployer_pb2
+from web4lora_chassis.artifacts import open_store
+from web4lora_chassis.jobs import JobContext, worker_main
+from web4lora_chassis.rpc import ref_of
+from web4lora_chassis.rpc.jobs import to_json
+from web4lora_chassis.settings import load
+
+from web4lora_deployer.deploy import DEFAULT_PARALLEL, DeployRequest, deploy
+from web4lora_deployer.messages import deployment_message
+from web4lora_deployer.runtimes.base import Health, State
+from web4lora_deployer.settings import DeployerSettings
+
+
+def run_deploy(context: JobContext) -> Mapping[str, Any]:
+    """Do a deploy job."""
+    settings = load(DeployerSettings)
+    spec = ParseDict(dict(context.spec), deployer_pb2.DeploySpec())
+    how = spec.deploy
+    request = DeployRequest(
+        name=spec.name,
+        gguf=ref_of(spec.gguf),
+        files=ref_of(spec.files) if spec.HasField("files") else None,
+        target=how.target if how.HasField("target") else settings.target,
+        context_tokens=how.context_tokens if how.HasField("context_tokens") else None,
+        parallel=how.parallel if how.HasField("parallel") else DEFAULT_PARALLEL,
+    )
+    outcome = deploy(request, settings, open_store(settings), context.work_dir, context.report)
+    health = Health(State.SERVING, deployed=outcome.deployed)
+    return to_json(
+        deployer_pb2.DeployResult(
+            deployment=deployment_message(outcome.deployment, health), ready_seconds=outcome.ready_seconds
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(worker_main({"deploy": run_deploy}))

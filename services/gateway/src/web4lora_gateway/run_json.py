@@ -1,0 +1,145 @@
+"""run.json: a run's facts for people and programs. Every key is there once its stage told it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from web4.lora.v1 import deployer_pb2, packager_pb2, trainer_pb2
+from web4lora_chassis.rpc.jobs import to_json
+
+from web4lora_gateway import __version__
+from web4lora_gateway.records import RunRecord, StageRecord
+from web4lora_gateway.stages import Inputs
+
+
+def run_json(record: RunRecord) -> str:
+    """Return the text of a run's run.json as of now."""
+    inputs = Inputs.of(record)
+    pipeline = inputs.pipeline
+    data: dict[str, Any] = {
+        "run_id": record.id,
+        "name": pipeline.name,
+        "state": str(record.state),
+        "created": _time(record.created_at),
+        "ended": _time(record.ended_at),
+        "error": _error(record),
+        "base": {"source": pipeline.base, "revision": pipeline.base_revision or None},
+        "dataset": {"digest": pipeline.dataset.digest},
+    }
+    if "prepare" in inputs.results:
+        prepared = inputs.result("prepare", trainer_pb2.PrepareResult())
+        data["base"].update(digest=prepared.base.digest, size_bytes=prepared.base.size_bytes)
+        data["dataset"].update(_dataset(prepared.dataset))
+    if "train" in inputs.results:
+        data["train"] = _train(inputs.result("train", trainer_pb2.TrainResult()))
+    if "package" in inputs.results:
+        data["package"] = _package(inputs.result("package", packager_pb2.PackageResult()))
+    if "deploy" in inputs.results:
+        data["deploy"] = _deploy(inputs.result("deploy", deployer_pb2.DeployResult()).deployment)
+    if "verify" in inputs.results:
+        data["verify"] = _verify(inputs.result("verify", deployer_pb2.VerifyResult()))
+    data["stages"] = {stage.name: _stage(stage) for stage in record.stages}
+    data["parameters"] = dict(record.pipeline)
+    data["from_stage"] = record.from_stage or None
+    data["versions"] = {"gateway": __version__}
+    for stage in record.stages:
+        data["versions"].update(sorted(stage.versions.items()))
+    return json.dumps(_told(data), indent=2, ensure_ascii=False) + "\n"
+
+
+def _error(record: RunRecord) -> dict[str, Any] | None:
+    if record.error is None:
+        return None
+    error = record.error
+    return {"reason": error.reason, "message": error.message, "fix": error.fix, **error.metadata}
+
+
+def _dataset(report: trainer_pb2.DatasetReport) -> dict[str, Any]:
+    return {
+        "train_rows": report.train_rows,
+        "eval_rows": report.eval_rows,
+        "rows_by_core": dict(sorted(report.rows_by_core.items())),
+        "tokens": report.tokens,
+        "trained_tokens": report.trained_tokens,
+    }
+
+
+def _train(result: trainer_pb2.TrainResult) -> dict[str, Any]:
+    return {
+        "final_loss": result.final_loss,
+        "held_out_loss": result.held_out_loss if result.HasField("held_out_loss") else None,
+        "verdict": result.verdict,
+        "steps": result.steps,
+        "tokens_per_second": result.tokens_per_second,
+        "seconds": result.seconds,
+        "device": result.device,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "trained_parameters": result.trained_parameters,
+        "adapter_digest": result.adapter.digest,
+    }
+
+
+def _package(result: packager_pb2.PackageResult) -> dict[str, Any]:
+    reference = result.reference
+    return {
+        "reference": {
+            "type": reference.type,
+            "size_bytes": reference.size_bytes,
+            "digest": reference.artifact.digest,
+        },
+        "quantized": [
+            {
+                "type": quant.type,
+                "size_bytes": quant.size_bytes,
+                "size_reduction": quant.size_reduction,
+                "digest": quant.artifact.digest,
+            }
+            for quant in result.quantized
+        ],
+        "llama_cpp_version": result.llama_cpp_version,
+        "merge": to_json(result.merge),
+    }
+
+
+def _deploy(deployment: deployer_pb2.Deployment) -> dict[str, Any]:
+    return {
+        "target": deployment.target,
+        "endpoint": deployment.endpoint,
+        "id": deployment.id,
+        "model": deployment.model,
+        "runtime_version": deployment.runtime_version,
+    }
+
+
+def _verify(result: deployer_pb2.VerifyResult) -> dict[str, Any]:
+    return {
+        "passed": result.passed,
+        "verdict": result.verdict,
+        "scores": [to_json(score) for score in result.scores],
+    }
+
+
+def _stage(stage: StageRecord) -> dict[str, Any]:
+    ended_at = stage.ended_at
+    return {
+        "state": str(stage.state),
+        "seconds": round(ended_at - stage.started_at, 3) if ended_at and stage.started_at else None,
+        "started": _time(stage.started_at),
+        "ended": _time(ended_at),
+        "reused_from_run": stage.reused_from_run or None,
+        "job_id": stage.job_id or None,
+        "key": stage.key or None,
+    }
+
+
+def _time(seconds: float) -> str | None:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds") if seconds else None
+
+
+def _told(value: Any) -> Any:
+    """Leave out what is not known."""
+    if isinstance(value, dict):
+        return {key: _told(inner) for key, inner in value.items() if inner is not None}
+    return value

@@ -1,0 +1,87 @@
+"""Makes the 16-bit GGUF with llama.cpp's own converter, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from web4lora_chassis.errors import Internal, OutOfMemory
+from web4lora_chassis.jobs import Progress
+from web4lora_llamacpp import LlamaCpp, follow, tail
+
+_PERCENT = re.compile(r"Writing:\s+(\d+)%")
+_F16_MAX = 65504.0
+
+
+def choose_type(asked: str, max_abs_weight: float) -> str:
+    """Return the GGUF's 16-bit type.
+
+    "auto" takes F16 when every weight fits its range: processors without bfloat16 instructions run F16
+    several times as fast, and F16's finer steps hold every bfloat16 value above 6e-5 exactly.
+
+    Args:
+        asked: auto, F16 or BF16.
+        max_abs_weight: Largest absolute value of the weights.
+    """
+    if asked != "auto":
+        return asked
+    return "F16" if max_abs_weight <= _F16_MAX else "BF16"
+
+
+def convert(
+    llama: LlamaCpp,
+    model: Path,
+    target: Path,
+    *,
+    gguf_type: str,
+    name: str,
+    log: Path,
+    report: Callable[[Progress], None],
+) -> None:
+    """Convert a checkpoint to one GGUF file.
+
+    Args:
+        llama: Brings the converter.
+        model: The checkpoint's folder.
+        target: The file to write; replaced at once when done.
+        gguf_type: F16 or BF16.
+        name: The model's name in the GGUF.
+        log: The converter's output is appended here.
+        report: Takes progress: phase "convert F16" or "convert BF16", in percent.
+
+    Raises:
+        Internal: The converter failed; the message has its last lines.
+        OutOfMemory: It was killed.
+    """
+    phase = f"convert {gguf_type}"
+    report(Progress(phase, message="reading the checkpoint"))
+    part = target.with_name(f"part-{target.name}")
+    started = 0.0
+
+    def on_line(line: str) -> None:
+        nonlocal started
+        if found := _PERCENT.search(line):
+            now, percent = time.monotonic(), int(found[1])
+            started = started or now
+            left = (now - started) / percent * (100 - percent) if percent else 0.0
+            report(Progress(phase, percent, 100, "percent", left))
+
+    command: list[str | Path] = [
+        sys.executable, llama.converter, model,
+        "--outfile", part, "--outtype", gguf_type.lower(), "--model-name", name,
+    ]  # fmt: skip
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    code = follow(command, log, on_line, env=env)
+    if code == -9:
+        raise OutOfMemory(f"{llama.converter.name} was killed, most likely because memory ran out.")
+    if code != 0 or not part.is_file():
+        raise Internal(
+            f"{llama.converter.name} failed with exit code {code}:{tail(log)}",
+            fix=f"The whole output: {log}",
+            reason="CONVERTER_FAILED",
+        )
+    part.replace(target)

@@ -1,0 +1,279 @@
+"""Packages an adapter: merge, convert, quantize, check, and the files around the models.
+
+Each step's files stay in the working folder; a job that starts again goes on behind its last finished step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from web4lora_chassis.artifacts import hash_file
+from web4lora_chassis.errors import ResourceExhausted
+from web4lora_chassis.jobs import Progress
+from web4lora_llamacpp import LlamaCpp
+
+from web4lora_packager.assertion import assert_merged
+from web4lora_packager.chat_template import Tokenizer, read_tokenizer
+from web4lora_packager.check import Loaded, check_header, check_loads
+from web4lora_packager.checkpoint import read_checkpoint
+from web4lora_packager.convert import choose_type, convert
+from web4lora_packager.gguf_file import GgufHeader, read_header
+from web4lora_packager.merge import Merged, merge
+from web4lora_packager.modelfile import ModelParameters, default_system, licence_of, modelfile, stop_texts
+from web4lora_packager.quantize import calibration_text, importance_matrix, quantize
+from web4lora_packager.specs import PackageSpec
+from web4lora_packager.steps import Step, Steps
+
+Report = Callable[[Progress], None]
+
+REFERENCE_NAME = "merged_model.gguf"
+# Of the 16-bit file's size, by the type's first digit; small models, whose embeddings weigh more, are over it.
+_QUANT_SHARE = {"8": 0.55, "6": 0.5, "5": 0.5}
+_QUANT_SHARE_ELSE = 0.45
+_HEADROOM_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """One GGUF file and what was checked of it; see the contract's GgufFile."""
+
+    path: Path
+    type: str
+    size_bytes: int
+    bits_per_weight: float
+    loaded: Loaded
+
+    def reduction(self, reference: GgufReport) -> float:
+        """Return by which share it is smaller than the 16-bit file."""
+        return 1 - self.size_bytes / reference.size_bytes
+
+
+@dataclass(frozen=True)
+class Package:
+    """What packaging made, on disk.
+
+    Attributes:
+        merged: Folder of the merged checkpoint.
+        merge: What the merge did.
+        max_abs_error: Largest difference found when the merge was computed a second time.
+        reference: The 16-bit GGUF.
+        quantized: The quantized ones, in the order asked for.
+        files: Modelfile, modelfile.json and SHA256SUMS, by name.
+    """
+
+    merged: Path
+    merge: Merged
+    max_abs_error: float
+    reference: GgufReport
+    quantized: tuple[GgufReport, ...]
+    files: dict[str, Path]
+
+
+class Packaging:
+    """One packaging job.
+
+    Args:
+        spec: What to make.
+        base: The base model's folder.
+        adapter: The adapter's folder.
+        training: The training data's files, for an importance matrix.
+        licence: Name of the base's licence, for a base without a licence file.
+        llama: The tools.
+        work: The working folder, kept from attempt to attempt.
+        load_timeout_seconds: How long a load check may wait for llama-server.
+        report: Takes progress.
+    """
+
+    def __init__(
+        self,
+        spec: PackageSpec,
+        base: Path,
+        adapter: Path,
+        training: Iterable[Path],
+        licence: str,
+        llama: LlamaCpp,
+        work: Path,
+        load_timeout_seconds: float,
+        report: Report,
+    ) -> None:
+        self._spec = spec
+        self._base = base
+        self._adapter = adapter
+        self._training = tuple(training)
+        self._licence = licence
+        self._llama = llama
+        self._work = work
+        self._load_timeout_seconds = load_timeout_seconds
+        self._report = report
+        self._log = work / "tools.log"
+        self._steps = Steps(work)
+        self._tokenizer: Tokenizer = read_tokenizer(base)
+
+    def run(self) -> Package:
+        """Do the whole job.
+
+        Raises:
+            ResourceExhausted: The disk is too full, or memory ran out.
+            InvalidInput: A file of base, adapter or dataset is missing or broken, or the spec does not fit.
+            FailedPrecondition: The adapter is not one that is merged here.
+            DataLoss: A check found a wrong file.
+            Internal: A tool failed.
+        """
+        self._require_space()
+        merged, max_abs_error = self._merge()
+        gguf_type = choose_type(self._spec.gguf_type, merged.max_abs_weight)
+        reference_step, header = self._convert(gguf_type)
+        context_tokens = self._spec.context_for(header.context_tokens)
+        matrix = self._matrix() if self._spec.importance_matrix else None
+        quantized_steps = [self._quantize(name, header, matrix) for name in self._spec.quantizations]
+        reference = self._check(REFERENCE_NAME, gguf_type, None)
+        quantized = [self._check(_file_name(name), name, header) for name in self._spec.quantizations]
+        files = self._write_files(context_tokens, [reference_step, *quantized_steps])
+        return Package(self._work / "merged", merged, max_abs_error, reference, tuple(quantized), files)
+
+    def _require_space(self) -> None:
+        """Refuse before work starts what the disk can't hold at its end."""
+        size = read_checkpoint(self._base).size_bytes
+        shares = [
+            _QUANT_SHARE.get(name.strip("IQ")[:1], _QUANT_SHARE_ELSE) for name in self._spec.quantizations
+        ]
+        made = sum(path.stat().st_size for path in self._work.rglob("*") if path.is_file())
+        needed = int(size * (2 + sum(shares))) + _HEADROOM_BYTES
+        free = shutil.disk_usage(self._work).free
+        if free + made < needed:
+            raise ResourceExhausted(
+                f"Packaging needs about {needed / 1e9:.1f} GB in {self._work}, {free / 1e9:.1f} GB are free.",
+                fix="Free disk space, ask for fewer quantizations, or set WEB4LORA_HOME to another disk.",
+                reason="DISK_FULL",
+            )
+
+    def _merge(self) -> tuple[Merged, float]:
+        target = self._work / "merged"
+        total = read_checkpoint(self._base).size_bytes
+        started, done = time.monotonic(), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            left = (time.monotonic() - started) / done * (total - done)
+            self._report(Progress("merge", done, total, "bytes", max(0.0, left)))
+
+        def make() -> dict[str, object]:
+            self._report(Progress("merge", 0, total, "bytes"))
+            merged = merge(self._base, self._adapter, target, advance)
+            self._report(Progress("merge", total, total, "bytes", message="comparing a second computation"))
+            return {"merged": asdict(merged), "error": assert_merged(self._base, self._adapter, target)}
+
+        step = self._steps.do("merge", target, make)
+        merged = Merged(**step.data["merged"])
+        self._report(
+            Progress(
+                "merge", total, total, "bytes",
+                figures={
+                    "merged_tensors": merged.merged_tensors,
+                    "adapter_tensors": merged.adapter_tensors,
+                    "relative_effect": merged.relative_effect,
+                },
+                message=f"{merged.merged_tensors} tensors changed, by {merged.relative_effect:.2%}",
+            )
+        )  # fmt: skip
+        return merged, float(step.data["error"])
+
+    def _convert(self, gguf_type: str) -> tuple[Step, GgufHeader]:
+        target = self._work / REFERENCE_NAME
+
+        def make() -> dict[str, object]:
+            convert(
+                self._llama, self._work / "merged", target,
+                gguf_type=gguf_type, name=self._spec.name, log=self._log, report=self._report,
+            )  # fmt: skip
+            return {}
+
+        step = self._steps.do(f"convert-{gguf_type}", target, make)
+        header = read_header(target)
+        self._sized(f"convert {gguf_type}", target)
+        return step, header
+
+    def _matrix(self) -> Path:
+        target = self._work / "importance_matrix.gguf"
+
+        def make() -> dict[str, object]:
+            text = self._work / "calibration.txt"
+            text.write_text(calibration_text(self._tokenizer, self._training), encoding="utf-8")
+            importance_matrix(
+                self._llama, self._work / REFERENCE_NAME, text, target, log=self._log, report=self._report
+            )
+            return {}
+
+        self._steps.do("importance-matrix", target, make)
+        return target
+
+    def _quantize(self, quantization: str, reference: GgufHeader, matrix: Path | None) -> Step:
+        target = self._work / _file_name(quantization)
+
+        def make() -> dict[str, object]:
+            quantize(
+                self._llama, self._work / REFERENCE_NAME, target,
+                quantization=quantization, parameters=reference.parameters, matrix=matrix,
+                log=self._log, report=self._report,
+            )  # fmt: skip
+            return {}
+
+        step = self._steps.do(f"quantize-{quantization}", target, make)
+        self._sized(f"quantize {quantization}", target)
+        return step
+
+    def _sized(self, phase: str, path: Path) -> None:
+        """Tell a finished file's size."""
+        size = path.stat().st_size
+        message = f"{path.name} {size / 1e6:.0f} MB"
+        self._report(Progress(phase, 1, 1, "files", figures={"size_bytes": size}, message=message))
+
+    def _check(self, file_name: str, gguf_type: str, reference: GgufHeader | None) -> GgufReport:
+        """Check a file's header and that it loads."""
+        path = self._work / file_name
+        self._report(Progress("load check", message=file_name))
+        header = read_header(path)
+        check_header(header, self._tokenizer, reference, file_name)
+        loaded = check_loads(
+            self._llama, path, log=self._work / "server.log", timeout_seconds=self._load_timeout_seconds
+        )
+        return GgufReport(path, gguf_type, path.stat().st_size, header.bits_per_weight, loaded)
+
+    def _write_files(self, context_tokens: int, ggufs: Iterable[Step]) -> dict[str, Path]:
+        """Write Modelfile, modelfile.json and SHA256SUMS."""
+        self._report(Progress("checksums"))
+        parameters = ModelParameters(
+            stop=stop_texts(self._tokenizer),
+            system=default_system(self._tokenizer),
+            temperature=self._spec.temperature,
+            context_tokens=context_tokens,
+            licence=licence_of(self._base, self._licence),
+        )
+        model_file = self._write("Modelfile", modelfile(_file_name(self._spec.quantizations[0]), parameters))
+        as_json = json.dumps(parameters.to_json(), indent=2, ensure_ascii=False) + "\n"
+        sums = {path: digest for step in ggufs for path, digest in step.files.items()}
+        sums[model_file.name] = hash_file(model_file)
+        lines = [f"{digest}  {path}\n" for path, digest in sorted(sums.items())]
+        written = [
+            model_file,
+            self._write("modelfile.json", as_json),
+            self._write("SHA256SUMS", "".join(lines)),
+        ]
+        return {path.name: path for path in written}
+
+    def _write(self, name: str, text: str) -> Path:
+        """Write a small file anew; an earlier attempt's may be read-only, shared with the store."""
+        path = self._work / name
+        path.unlink(missing_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+
+def _file_name(quantization: str) -> str:
+    return f"model.{quantization}.gguf"

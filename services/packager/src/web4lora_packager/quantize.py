@@ -1,0 +1,172 @@
+"""Quantizes a 16-bit GGUF with llama-quantize, and makes the importance matrix it may use."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from pathlib import Path
+
+from web4lora_chassis.errors import Internal, InvalidInput, OutOfMemory
+from web4lora_chassis.jobs import Progress
+from web4lora_llamacpp import LlamaCpp, follow, tail
+
+from web4lora_packager.chat_template import Tokenizer
+
+TYPES = (
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL",
+    "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M",
+    "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+)  # fmt: skip
+"""The quantization types that can be asked for."""
+NEED_MATRIX = frozenset(
+    {"IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
+)
+"""Those that llama-quantize refuses, or ruins the model with, without an importance matrix."""
+
+_TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+\S+\s+-\s+\[([\d,\s]+)\]")
+_CHUNK = re.compile(r"\[(\d+)\][\d.]+,?")
+_CHUNKS = re.compile(r"computing over (\d+) chunks")
+_CHUNK_TOKENS = 512
+_MATRIX_CHUNKS = 200
+_MATRIX_CHARACTERS = 1 << 20
+
+
+def quantize(
+    llama: LlamaCpp,
+    reference: Path,
+    target: Path,
+    *,
+    quantization: str,
+    parameters: int,
+    matrix: Path | None,
+    log: Path,
+    report: Callable[[Progress], None],
+) -> None:
+    """Quantize a GGUF file.
+
+    Args:
+        llama: Brings llama-quantize.
+        reference: The 16-bit GGUF.
+        target: The file to write; replaced at once when done.
+        quantization: One of `TYPES`.
+        parameters: Number of weights in the file, for the time left.
+        matrix: An importance matrix, if any.
+        log: Its output is appended here.
+        report: Takes progress: phase "quantize <type>", in tensors.
+
+    Raises:
+        Internal: llama-quantize failed; the message has its last lines.
+        OutOfMemory: It was killed.
+    """
+    phase = f"quantize {quantization}"
+    report(Progress(phase))
+    started, elements = time.monotonic(), 0
+
+    def on_line(line: str) -> None:
+        nonlocal elements
+        if found := _TENSOR.search(line):
+            # Printed when a tensor starts: those before it are done, and time goes by weights.
+            left = (time.monotonic() - started) / elements * (parameters - elements) if elements else 0.0
+            report(Progress(phase, int(found[1]) - 1, int(found[2]), "tensors", max(0.0, left)))
+            elements += prod(int(size) for size in found[3].split(","))
+
+    part = target.with_name(f"part-{target.name}")
+    options: list[str | Path] = ["--imatrix", matrix] if matrix else []
+    code = follow([llama.quantize, *options, reference, part, quantization], log, on_line)
+    _check(code, "llama-quantize", log)
+    part.replace(target)
+
+
+def importance_matrix(
+    llama: LlamaCpp,
+    reference: Path,
+    text: Path,
+    target: Path,
+    *,
+    log: Path,
+    report: Callable[[Progress], None],
+) -> None:
+    """Measure which weights matter for a text.
+
+    Args:
+        llama: Brings llama-imatrix.
+        reference: The 16-bit GGUF.
+        text: Conversations as the model reads them, see `calibration_text`.
+        target: The file to write; replaced at once when done.
+        log: Its output is appended here.
+        report: Takes progress: phase "importance matrix", in chunks of 512 tokens.
+
+    Raises:
+        Internal: llama-imatrix failed; the message has its last lines.
+        OutOfMemory: It was killed.
+    """
+    phase = "importance matrix"
+    report(Progress(phase))
+    started, total = 0.0, 0
+
+    def on_line(line: str) -> None:
+        nonlocal started, total
+        if found := _CHUNKS.search(line):
+            total, started = int(found[1]), time.monotonic()
+        elif total and (chunks := _CHUNK.findall(line)):
+            done = int(chunks[-1])
+            left = (time.monotonic() - started) / done * (total - done)
+            report(Progress(phase, done, total, "chunks", left))
+
+    part = target.with_name(f"part-{target.name}")
+    command: list[str | Path] = [
+        llama.imatrix, "-m", reference, "-f", text, "-o", part, "--parse-special", "--no-ppl",
+        "-c", str(_CHUNK_TOKENS), "--chunks", str(_MATRIX_CHUNKS),
+    ]  # fmt: skip
+    _check(follow(command, log, on_line), "llama-imatrix", log)
+    part.replace(target)
+
+
+def calibration_text(tokenizer: Tokenizer, files: Iterable[Path]) -> str:
+    """Return training conversations as the model reads them, about a megabyte, spread over all files.
+
+    Args:
+        tokenizer: Brings the chat template.
+        files: The training data's JSON Lines files; evaluation data stays out.
+
+    Raises:
+        InvalidInput: There is nothing to render.
+    """
+    rows = [_conversations(path) for path in files]
+    pieces: list[str] = []
+    characters = 0
+    while rows and characters < _MATRIX_CHARACTERS:  # a row of each file in turn
+        row = rows.pop(0)
+        messages = next(row, None)
+        if messages is None:
+            continue
+        rows.append(row)
+        pieces.append(tokenizer.render(messages, answer_next=False))
+        characters += len(pieces[-1])
+    if not pieces:
+        raise InvalidInput("The dataset has no training rows to make an importance matrix from.")
+    return "".join(pieces)
+
+
+def _conversations(path: Path) -> Iterator[list[dict[str, str]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)["messages"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InvalidInput(f"{path.name}:{number}: no row with `messages`: {error!r}.") from error
+
+
+def _check(code: int, program: str, log: Path) -> None:
+    if code == -9:
+        raise OutOfMemory(f"{program} was killed, most likely because memory ran out.")
+    if code != 0:
+        raise Internal(
+            f"{program} failed with exit code {code}:{tail(log)}",
+            fix=f"The whole output: {log}",
+            reason="QUANTIZE_FAILED",
+        )

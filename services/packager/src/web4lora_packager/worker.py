@@ -1,0 +1,169 @@
+"""The child process of a packager's job: fetches base and adapter, packages, and stores what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import ParseDict
+from web4.lora.v1 import packager_pb2
+from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, Manifest, open_store
+from web4lora_chassis.errors import FailedPrecondition
+from web4lora_chassis.jobs import JobContext, Progress, worker_main
+from web4lora_chassis.rpc import ref_message
+from web4lora_chassis.rpc.jobs import to_json
+from web4lora_chassis.settings import load
+from web4lora_llamacpp import LlamaCpp, ensure_built
+
+from web4lora_packager.adapter import ADAPTER_FILES
+from web4lora_packager.package import REFERENCE_NAME, GgufReport, Package, Packaging
+from web4lora_packager.settings import PackagerSettings
+from web4lora_packager.specs import PackageSpec, spec_of
+from web4lora_packager.versions import tool_versions
+
+_CREATED_BY = "packager"
+
+
+def run_package(context: JobContext) -> Mapping[str, Any]:
+    """Merge, convert, quantize and check, going on behind the last finished step of an earlier attempt."""
+    settings = load(PackagerSettings)
+    store = open_store(settings)
+    spec = spec_of(ParseDict(dict(context.spec), packager_pb2.PackageSpec()))
+    require_base(spec, store.manifest(spec.adapter))
+    llama = ensure_built(settings.cache, context.report)
+    context.report(Progress("fetch"))
+    base_folder = settings.cache / "artifacts" / spec.base.prefix  # shared with the trainer on this machine
+    base = _fetch(store, spec.base, base_folder, context)
+    adapter_folder = context.work_dir / "adapter"
+    _fetch(store, spec.adapter, adapter_folder, context, only=ADAPTER_FILES)
+    package = Packaging(
+        spec, base_folder, adapter_folder, _training(store, spec, context), _licence(base), llama,
+        context.work_dir, settings.packager_load_timeout_seconds, context.report,
+    ).run()  # fmt: skip
+    return to_json(_store(store, spec, llama, package, context))
+
+
+def require_base(spec: PackageSpec, adapter: Manifest) -> None:
+    """Refuse to merge an adapter into a base that it was not trained on.
+
+    Raises:
+        FailedPrecondition: The adapter's manifest names another base, or none.
+    """
+    bases = [ref for ref in adapter.inputs if ref.kind == "base_model"]
+    if not bases:
+        raise FailedPrecondition(
+            f"{adapter.ref} does not say which base model it was trained on.",
+            fix="Train again with this trainer, which writes that down.",
+            reason="BASE_UNKNOWN",
+        )
+    if spec.base.digest not in {ref.digest for ref in bases}:
+        raise FailedPrecondition(
+            f"The adapter was trained on base model {bases[0].digest[:4]}…, this is {spec.base.digest[:4]}….  "
+            "Merging would give a model nobody trained.",
+            fix=f"Use {bases[0]}, or train again on this one.",
+            reason="BASE_MISMATCH",
+            metadata={"trained_on": str(bases[0]), "asked_for": str(spec.base)},
+        )
+
+
+def _fetch(
+    store: ArtifactStore,
+    ref: ArtifactRef,
+    folder: Path,
+    context: JobContext,
+    only: Iterable[str] | None = None,
+) -> Manifest:
+    """Bring an artifact's files into a folder, with progress."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        context.report(Progress("fetch", done, ref.size_bytes, "bytes", message=str(ref)))
+
+    return store.get(ref, folder, only=only, advance=advance)
+
+
+def _training(store: ArtifactStore, spec: PackageSpec, context: JobContext) -> Iterable[Path]:
+    """Return the training files for an importance matrix; the evaluation data is not even fetched."""
+    if spec.dataset is None or not spec.importance_matrix:
+        return []
+    paths = [entry.path for entry in store.manifest(spec.dataset).files if entry.path.startswith("train/")]
+    folder = context.work_dir / "dataset"
+    store.get(spec.dataset, folder, only=paths)
+    return [folder / path for path in paths]
+
+
+def _licence(base: Manifest) -> str:
+    """Return the name of the licence that the base's manifest gives, if any."""
+    value = json.loads(base.parameters.get("licence", '""'))
+    return value if isinstance(value, str) else ""
+
+
+def _store(
+    store: ArtifactStore, spec: PackageSpec, llama: LlamaCpp, package: Package, context: JobContext
+) -> packager_pb2.PackageResult:
+    """Put everything into the store and tell of it in the contract's words."""
+    merged_files = {path.name: path for path in package.merged.iterdir()}
+    ggufs = [package.reference, *package.quantized]
+    paths = [*merged_files.values(), *(gguf.path for gguf in ggufs), *package.files.values()]
+    total, done = sum(path.stat().st_size for path in paths), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        context.report(Progress("store", done, total, "bytes"))
+
+    def put(
+        kind: str, files: Mapping[str, Path], inputs: Iterable[ArtifactRef], **parameters: object
+    ) -> ArtifactRef:
+        return store.put(
+            kind, spec.name, files, inputs=inputs, parameters=parameters,
+            tools=tool_versions() | {"llama.cpp": llama.version}, created_by=_CREATED_BY, advance=advance,
+        )  # fmt: skip
+
+    context.report(Progress("store", 0, total, "bytes"))
+    merged = put("merged_model", merged_files, [spec.base, spec.adapter])
+    refs = [put("gguf", {REFERENCE_NAME: package.reference.path}, [merged], type=package.reference.type)]
+    calibration = [spec.dataset] if spec.dataset and spec.importance_matrix else []
+    for gguf in package.quantized:
+        inputs = [refs[0], *calibration]
+        refs.append(put("gguf", {gguf.path.name: gguf.path}, inputs, type=gguf.type))
+    files = put("report", package.files, refs)
+    reference, *quantized = [
+        _gguf_message(gguf, ref, package.reference) for gguf, ref in zip(ggufs, refs, strict=True)
+    ]
+    return packager_pb2.PackageResult(
+        merged=ref_message(merged),
+        merge=packager_pb2.MergeReport(
+            adapter_tensors=package.merge.adapter_tensors,
+            merged_tensors=package.merge.merged_tensors,
+            max_abs_error=package.max_abs_error,
+            relative_effect=package.merge.relative_effect,
+        ),
+        reference=reference,
+        quantized=quantized,
+        files=ref_message(files),
+        llama_cpp_version=llama.version,
+    )
+
+
+def _gguf_message(gguf: GgufReport, ref: ArtifactRef, reference: GgufReport) -> packager_pb2.GgufFile:
+    return packager_pb2.GgufFile(
+        artifact=ref_message(ref),
+        file_name=gguf.path.name,
+        type=gguf.type,
+        size_bytes=gguf.size_bytes,
+        size_reduction=gguf.reduction(reference),
+        bits_per_weight=gguf.bits_per_weight,
+        loads=True,  # else its check would have failed the job
+        load_seconds=gguf.loaded.load_seconds,
+        sample=gguf.loaded.sample,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(worker_main({"package": run_package}))

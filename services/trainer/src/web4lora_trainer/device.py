@@ -1,0 +1,244 @@
+"""Where to train and in which number format: MPS, then CUDA, then CPU; a CPU's formats are measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from web4lora_chassis.errors import FailedPrecondition
+from web4lora_chassis.process import run
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, int]
+"""Outputs and inputs of a linear layer."""
+
+_MEASURE_SECONDS = 0.35
+_MEASURE_TOKENS = 512
+_GLANCE_TOKENS = 64
+_HOPELESS = 4.0
+_EAGER_LONGEST_ROW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where to train, and how.
+
+    Attributes:
+        kind: "mps", "cuda" or "cpu".
+        name: Its name for people.
+        dtype: Number format of the frozen base: "bf16", "fp16" or "fp32". Adapters are always fp32.
+        threads: CPU threads.
+        flops_per_second: Measured at the model's own shapes in that format; 0 while unknown.
+    """
+
+    kind: str
+    name: str
+    dtype: str
+    threads: int
+    flops_per_second: float = 0.0
+
+    def __str__(self) -> str:
+        """Return it for people, for example `cpu, 2 threads, bf16`."""
+        return f"{self.name}, {self.dtype}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The number format as torch names it."""
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.dtype]
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Size of a number of the frozen base."""
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def pad_to_multiple_of(self) -> int:
+        """Few different shapes where the allocator keeps a buffer for each of them."""
+        return 64 if self.kind == "mps" else 8 if self.kind == "cuda" else 1
+
+    def attention(self, longest_row_tokens: int) -> str:
+        """Return the attention to use: on a CPU plain matmuls for short rows; never those on MPS."""
+        short = longest_row_tokens <= _EAGER_LONGEST_ROW_TOKENS
+        return "eager" if self.kind == "cpu" and short else "sdpa"
+
+    def fallback(self) -> Device | None:
+        """Return the same device with the next safer number format, if there is one."""
+        if self.dtype == "fp32":
+            return None
+        return replace(self, dtype="fp32", flops_per_second=0.0)
+
+    def free_memory_bytes(self) -> int:
+        """Return the memory that a new process could use on it now."""
+        if self.kind == "cuda":
+            import torch
+
+            return int(torch.cuda.mem_get_info()[0])
+        return free_host_memory_bytes()
+
+
+def worker_environment() -> dict[str, str]:
+    """Return variables that a worker needs before it imports torch.
+
+    MPS: by default its allocator may take more than a Mac has and swap instead of failing; a kernel that
+    runs while the display is on may be ended by a watchdog. glibc: buffers of a training step are given back
+    and asked for again thousands of times a second unless its thresholds are raised.
+    """
+    return {
+        "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0",
+        "PYTORCH_MPS_LOW_WATERMARK_RATIO": "0.9",
+        "AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+
+
+def choose_device(shapes: Sequence[Shape] = (), dtype: str = "auto", kind: str = "auto") -> Device:
+    """Choose the device and its number format.
+
+    Args:
+        shapes: The linear layers of one decoder layer; they are what speed is measured on. Without them
+            nothing is measured, and a CPU counts as fp32.
+        dtype: A format to use instead of the best.
+        kind: A device to use instead of the best.
+
+    Raises:
+        FailedPrecondition: The device asked for is not there, or it can't compute in the format asked for.
+    """
+    import torch
+
+    kind = _best_kind() if kind == "auto" else kind
+    threads = torch.get_num_threads()
+    if kind == "cpu":
+        return _choose_cpu(shapes, dtype, threads)
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise FailedPrecondition("There is no CUDA device.", fix="Leave the device to be chosen.")
+        best = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+        name = torch.cuda.get_device_name()
+    else:
+        best = "bf16" if _apple_generation() >= 3 else "fp16"
+        name = f"{apple_chip()} (mps)"
+    device = Device(kind, name, best if dtype == "auto" else dtype, threads)
+    return replace(device, flops_per_second=_rate(device, shapes)) if shapes else device
+
+
+def _best_kind() -> str:
+    import torch
+
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _choose_cpu(shapes: Sequence[Shape], dtype: str, threads: int) -> Device:
+    """Measure bf16 against fp32: with AVX512-BF16 or AMX 3 times faster, without 25 times slower."""
+    if dtype == "fp16":
+        raise FailedPrecondition(
+            "A CPU computes fp16 hundreds of times slower than fp32.",
+            fix="Set dtype to auto, bf16 or fp32.",
+            metadata={"field": "dtype"},
+        )
+    device = Device("cpu", f"cpu, {threads} thread{'s' if threads != 1 else ''}", "fp32", threads)
+    if not shapes:
+        return replace(device, dtype=dtype if dtype != "auto" else "fp32")
+    if dtype != "auto":
+        device = replace(device, dtype=dtype)
+        return replace(device, flops_per_second=_rate(device, shapes))
+    fp32 = replace(device, flops_per_second=_rate(device, shapes))
+    bf16 = replace(device, dtype="bf16")
+    bf16 = replace(
+        bf16, flops_per_second=_rate(bf16, shapes, hopeless_below=fp32.flops_per_second / _HOPELESS)
+    )
+    return max(fp32, bf16, key=lambda each: each.flops_per_second)
+
+
+def _rate(device: Device, shapes: Sequence[Shape], hopeless_below: float = 0.0) -> float:
+    """Measure multiplications and additions a second: forward and input gradient of one decoder layer.
+
+    A short glance comes first: a format without hardware support would take seconds to measure well.
+    """
+    import torch
+
+    dtype = device.torch_dtype
+    weights = [torch.randn(shape, device=device.kind).to(dtype) for shape in shapes]
+    inputs = [torch.randn(_MEASURE_TOKENS, shape[1], device=device.kind).to(dtype) for shape in shapes]
+    outputs = [torch.randn(_MEASURE_TOKENS, shape[0], device=device.kind).to(dtype) for shape in shapes]
+
+    def once(tokens: int) -> None:
+        for weight, value, gradient in zip(weights, inputs, outputs, strict=True):
+            value[:tokens] @ weight.t()
+            gradient[:tokens] @ weight
+        if device.kind != "cpu":
+            getattr(torch, device.kind).synchronize()
+
+    weights_count = sum(rows * columns for rows, columns in shapes)
+    once(_GLANCE_TOKENS)  # the first call sets kernels up
+    start = time.perf_counter()
+    once(_GLANCE_TOKENS)
+    glance = 4 * _GLANCE_TOKENS * weights_count / (time.perf_counter() - start)
+    if glance < hopeless_below:
+        return glance
+    flops = 4 * _MEASURE_TOKENS * weights_count
+    done, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < _MEASURE_SECONDS:
+        once(_MEASURE_TOKENS)
+        done += flops
+    return done / spent
+
+
+def free_host_memory_bytes() -> int:
+    """Return the host's free memory, or a container's when that is less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
+        free = min(free, int(text) - int(used.read_text(encoding="ascii")))
+    return max(free, 0)
+
+
+def apple_chip() -> str:
+    """Return the name of Apple's chip, for example `Apple M2 Max`."""
+    return run(["sysctl", "-n", "machdep.cpu.brand_string"], timeout_seconds=10).strip()
+
+
+def _apple_generation() -> int:
+    """Return the M in M1, M2, …: bf16 has hardware support from M3 on."""
+    found = re.search(r"\bM(\d+)", apple_chip())
+    return int(found[1]) if found else 1
+
+
+def describe_without_torch() -> tuple[str, int, int]:
+    """Return the device in words, its memory and free memory in bytes, as far as known without torch."""
+    import psutil
+
+    memory_bytes, free_bytes = int(psutil.virtual_memory().total), free_host_memory_bytes()
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return f"{apple_chip()} (mps)", memory_bytes, free_bytes
+    nvidia = _nvidia()
+    if nvidia:
+        return nvidia
+    count = os.cpu_count() or 1
+    return f"cpu, {count} core{'s' if count != 1 else ''}", memory_bytes, free_bytes
+
+
+def _nvidia() -> tuple[str, int, int] | None:
+    """Return the first NVIDIA GPU's name, memory and free memory in bytes, as its driver tells them."""
+    if not Path("/proc/driver/nvidia/version").exists():
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    name, total, free = run(query, timeout_seconds=20).splitlines()[0].split(", ")
+    return f"{name} (cuda)", int(total) << 20, int(free) << 20

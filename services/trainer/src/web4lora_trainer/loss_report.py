@@ -1,0 +1,219 @@
+"""The loss of a training run: a CSV for programs, a plot and a verdict in words for people."""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from web4lora_trainer.train_settings import LossBand
+
+COLUMNS = (
+    "step", "epoch", "loss", "held_out_loss", "learning_rate", "grad_norm", "tokens",
+    "tokens_per_second", "seconds",
+)  # fmt: skip
+
+_END_SHARE = 0.1
+_END_STEPS = 10
+_STILL_FALLING = 0.05
+_SMOOTHING = 0.9
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """One optimizer step.
+
+    Attributes:
+        step: Counted from 1.
+        epoch: Passes over the data so far.
+        loss: Mean over the step's trained tokens.
+        held_out_loss: Measured after this step, or None.
+        learning_rate: Used in this step.
+        grad_norm: Before clipping; None when there was no finite gradient.
+        tokens: Non-padding tokens so far.
+        tokens_per_second: Non-padding tokens through the model in a second of training, this step.
+        seconds: Time in the training loop so far, attempts before a restart included.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    held_out_loss: float | None
+    learning_rate: float
+    grad_norm: float | None
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+
+    def cells(self) -> list[str]:
+        """Return the row as CSV cells; what is unknown is empty."""
+        return [
+            str(self.step),
+            f"{self.epoch:.4f}",
+            f"{self.loss:.6f}",
+            "" if self.held_out_loss is None else f"{self.held_out_loss:.6f}",
+            f"{self.learning_rate:.8g}",
+            "" if self.grad_norm is None else f"{self.grad_norm:.6g}",
+            str(self.tokens),
+            f"{self.tokens_per_second:.1f}",
+            f"{self.seconds:.2f}",
+        ]
+
+
+class LossLog:
+    """Appends rows to loss.csv; a resumed run drops those of steps that will be made again.
+
+    Args:
+        path: The file; kept up to `resumed_step`.
+        resumed_step: The checkpoint's step; 0 starts anew.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = read_losses(path) if resumed_step and path.is_file() else []
+        self.rows = [row for row in before if row.step <= resumed_step]
+        part = path.with_suffix(".part")
+        with part.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(row.cells() for row in self.rows)
+        os.replace(part, path)
+        self._file = path.open("a", encoding="utf-8", newline="")
+
+    def append(self, row: LossRow) -> None:
+        """Add a row; it is on disk when this returns."""
+        self.rows.append(row)
+        csv.writer(self._file, lineterminator="\n").writerow(row.cells())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_losses(path: Path) -> list[LossRow]:
+    """Read loss.csv; a last line that was cut off by a crash is left out."""
+    rows = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for cells in csv.DictReader(file):
+            try:
+                rows.append(
+                    LossRow(
+                        step=int(cells["step"]),
+                        epoch=float(cells["epoch"]),
+                        loss=float(cells["loss"]),
+                        held_out_loss=float(cells["held_out_loss"]) if cells["held_out_loss"] else None,
+                        learning_rate=float(cells["learning_rate"]),
+                        grad_norm=float(cells["grad_norm"]) if cells["grad_norm"] else None,
+                        tokens=int(cells["tokens"]),
+                        tokens_per_second=float(cells["tokens_per_second"]),
+                        seconds=float(cells["seconds"]),
+                    )
+                )
+            except (TypeError, ValueError):
+                break
+    return rows
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Where the loss ended.
+
+    Attributes:
+        final_loss: Mean over the last tenth of the steps, at least ten.
+        settled: It lies in the band and no longer moves.
+        words: For people.
+    """
+
+    final_loss: float
+    settled: bool
+    words: str
+
+
+def judge(losses: Sequence[float], held_out: Sequence[float], band: LossBand) -> Verdict:
+    """Say whether the training loss settled in its band.
+
+    Args:
+        losses: Training loss of every step.
+        held_out: Held-out losses in the order in which they were measured.
+        band: Where it should settle.
+    """
+    count = min(len(losses), max(_END_STEPS, round(len(losses) * _END_SHARE)))
+    final = statistics.fmean(losses[-count:])
+    where = f"the band {band.low:g} to {band.high:g}"
+    before = losses[-2 * count : -count]
+    falling = bool(before) and statistics.fmean(before) - final > _STILL_FALLING * max(final, 1e-9)
+    noise = statistics.stdev(losses[-2 * count :]) / count**0.5 if len(losses) > 2 else 0.0
+    falling = falling and statistics.fmean(before) - final > 2 * noise
+    inside = band.low <= final <= band.high
+    if final > band.high:
+        words = f"ended at {final:.2f}, above {where}" + (
+            ", and is still falling: train longer"
+            if falling
+            else ": more epochs, a higher rate, or more rank"
+        )
+    elif final < band.low:
+        words = f"ended at {final:.2f}, below {where}: likely overfitting"
+    elif falling:
+        words = f"still falling at {final:.2f}, inside {where}"
+    else:
+        words = f"settled at {final:.2f}, inside {where}"
+    if len(held_out) > 1 and held_out[-1] > min(held_out) * 1.05:
+        words += f"; held-out loss rose from {min(held_out):.2f} to {held_out[-1]:.2f}: likely overfitting"
+    return Verdict(final, inside and not falling, words)
+
+
+def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path) -> None:
+    """Draw training, smoothed and held-out loss over the steps, with the band shaded.
+
+    Args:
+        rows: The steps.
+        band: Where the loss should settle.
+        title: One line above the plot.
+        path: The PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    steps = [row.step for row in rows]
+    losses = [row.loss for row in rows]
+    held_out = [(row.step, row.held_out_loss) for row in rows if row.held_out_loss is not None]
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhspan(
+        band.low,
+        band.high,
+        color="#2e7d32",
+        alpha=0.12,
+        lw=0,
+        label=f"target band {band.low:g} to {band.high:g}",
+    )
+    axes.plot(steps, losses, color="#90a4ae", lw=0.9, label="training loss, each step")
+    axes.plot(steps, _smoothed(losses), color="#1565c0", lw=2.0, label="training loss, smoothed")
+    if held_out:
+        axes.plot(
+            *zip(*held_out, strict=True), color="#e65100", marker="o", ms=6, lw=1.4, label="held-out loss"
+        )
+    highest = max([band.high * 1.3, *_smoothed(losses), *(loss for _, loss in held_out)])
+    axes.set_ylim(0, min(max(losses), highest * 1.25) * 1.05)
+    axes.set_xlim(min(steps), max(max(steps), min(steps) + 1))
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross entropy per trained token (nats)")
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    part = path.with_name(f".part-{path.name}")
+    figure.savefig(part, format="png", metadata={"Software": None})
+    os.replace(part, path)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Return the exponential moving average, corrected for its start."""
+    average, weight, result = 0.0, 0.0, []
+    for value in values:
+        average = _SMOOTHING * average + (1 - _SMOOTHING) * value
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        result.append(average / weight)
+    return result

@@ -1,0 +1,211 @@
+"""What a training will need, memory, disk and time, and a refusal when memory is too small."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from web4lora_chassis.errors import ResourceExhausted
+
+from web4lora_trainer.batching import EncodedRows, LikeLengthBatches
+from web4lora_trainer.checkpoint import Checkpoint
+from web4lora_trainer.device import Device
+from web4lora_trainer.train_settings import TrainSettings
+
+_RUNTIME_BYTES = 1_150_000_000
+"""Python with torch, transformers, peft and trl loaded, and a measured margin for the allocator."""
+_ADAPTER_BYTES_PER_PARAMETER = 16
+"""fp32 weight, gradient and Adam's two moments."""
+_HEAD_POSITIONS = 512
+_RESIDUAL_TENSORS = 14
+_MLP_TENSORS = 6
+_TRAINING_EFFICIENCY = 0.62
+"""Share of the measured matmul rate that a training step reaches; measured on SmolLM2, 2 cores, fp32."""
+_HEADROOM = 0.92
+_CHECKPOINTS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training will need.
+
+    Attributes:
+        peak_memory_bytes: Of the training process.
+        free_memory_bytes: On the device now.
+        steps: Optimizer steps.
+        seconds: Time to train; 0 while the device's speed is unknown.
+        disk_bytes: What the run will write.
+        checkpointing: Activations will be computed twice instead of kept.
+    """
+
+    peak_memory_bytes: int
+    free_memory_bytes: int
+    steps: int
+    seconds: float
+    disk_bytes: int
+    checkpointing: bool
+
+
+def estimate(
+    checkpoint: Checkpoint, train: EncodedRows, held_out: EncodedRows, settings: TrainSettings, device: Device
+) -> Estimate:
+    """Estimate memory, steps, time and disk of a training.
+
+    Args:
+        checkpoint: The base model.
+        train: Rows to train on.
+        held_out: Rows for the held-out loss.
+        settings: How to train.
+        device: Where.
+
+    Raises:
+        InvalidInput: A target module is not in the base model.
+    """
+    free = device.free_memory_bytes()
+    kept = peak_memory_bytes(checkpoint, train, settings, device, checkpointing=False)
+    choice = settings.gradient_checkpointing
+    checkpointing = choice == "on" or (
+        choice == "auto"
+        and (kept > free * _HEADROOM or (device.kind == "mps" and checkpoint.size_bytes > 4 << 30))
+    )
+    peak = (
+        peak_memory_bytes(checkpoint, train, settings, device, checkpointing=True) if checkpointing else kept
+    )
+    adapter_bytes = adapter_parameters(checkpoint, settings) * 4
+    files = 2 if settings.write_bin else 1
+    return Estimate(
+        peak_memory_bytes=peak,
+        free_memory_bytes=free,
+        steps=optimizer_steps(train, settings, device),
+        seconds=_seconds(checkpoint, train, held_out, settings, device, checkpointing=checkpointing),
+        disk_bytes=adapter_bytes * (files + _CHECKPOINTS_KEPT * 3) + (16 << 20),
+        checkpointing=checkpointing,
+    )
+
+
+def require_memory(needed: Estimate, settings: TrainSettings, device: Device) -> None:
+    """Refuse a training that would not fit.
+
+    Raises:
+        ResourceExhausted: Names what is needed, what is free, and settings that need less.
+    """
+    if needed.peak_memory_bytes <= needed.free_memory_bytes:
+        return
+    budget = settings.batch_tokens(device.kind)
+    hints = []
+    if not needed.checkpointing:
+        hints.append("gradient_checkpointing: on")
+    if budget > 256:
+        hints.append(f"tokens_per_batch: {budget // 2} (with gradient_accumulation doubled)")
+    if settings.lora.last_layers == 0:
+        hints.append("lora.last_layers")
+    raise ResourceExhausted(
+        f"Training needs about {_gigabytes(needed.peak_memory_bytes)} GB, "
+        f"{device.name} has {_gigabytes(needed.free_memory_bytes)} GB free.",
+        fix="Close other programs, choose a smaller base model, or set "
+        f"{', '.join(hints) or 'max_length_tokens lower'}.",
+        reason="MEMORY_TOO_SMALL",
+        metadata={
+            "needed_bytes": needed.peak_memory_bytes,
+            "free_bytes": needed.free_memory_bytes,
+        },
+    )
+
+
+def optimizer_steps(train: EncodedRows, settings: TrainSettings, device: Device) -> int:
+    """Return the number of optimizer steps of the whole training."""
+    batches = LikeLengthBatches(
+        [len(row) for row in train.rows],
+        settings.batch_tokens(device.kind),
+        settings.seed,
+        pad_to_multiple_of=device.pad_to_multiple_of,
+    )
+    an_epoch = max(1, math.ceil(len(batches) / settings.gradient_accumulation))
+    return settings.max_steps or math.ceil(settings.epochs * an_epoch)
+
+
+def adapter_parameters(checkpoint: Checkpoint, settings: TrainSettings) -> int:
+    """Return the number of weights that will be trained: rank * (inputs + outputs) of every adapted layer."""
+    lora = settings.lora
+    return sum(
+        lora.rank * (rows + columns)
+        for rows, columns in checkpoint.linear_shapes(lora.target_modules, lora.last_layers)
+    )
+
+
+def trained_layers(checkpoint: Checkpoint, settings: TrainSettings) -> int:
+    """Return through how many decoder layers the backward pass goes."""
+    last = settings.lora.last_layers
+    return min(last, checkpoint.layers) if last else checkpoint.layers
+
+
+def peak_memory_bytes(
+    checkpoint: Checkpoint,
+    train: EncodedRows,
+    settings: TrainSettings,
+    device: Device,
+    *,
+    checkpointing: bool,
+) -> int:
+    """Return the peak memory of training: runtime + base + adapter + activations + head.
+
+    base: every weight in the number format to compute in. adapter: 16 bytes a weight. activations, for each
+    token of the fullest batch and each layer that the backward pass crosses: about 14 tensors as wide as the
+    model, 6 as wide as its MLP (both kept by autograd), and for each pair of tokens of a row and each head
+    the attention's scores, twice; with checkpointing one tensor a layer and all of it for one layer. head:
+    scores of 512 positions, three times in fp32.
+    """
+    config = checkpoint.text_config
+    longest = train.longest_row_tokens
+    tokens = max(settings.batch_tokens(device.kind), longest)
+    hidden = checkpoint.hidden_size
+    mlp = int(config.get("intermediate_size", 4 * hidden))
+    heads = int(config.get("num_attention_heads", 1))
+    scores = 2 * heads * longest if device.attention(longest) == "eager" or device.kind == "mps" else 0
+    number = device.dtype_bytes
+    a_layer = tokens * (_RESIDUAL_TENSORS * hidden + _MLP_TENSORS * mlp + scores) * number
+    layers = trained_layers(checkpoint, settings)
+    activations = layers * tokens * hidden * number + a_layer if checkpointing else layers * a_layer
+    head = 3 * 4 * _HEAD_POSITIONS * checkpoint.vocabulary
+    adapter = adapter_parameters(checkpoint, settings) * _ADAPTER_BYTES_PER_PARAMETER
+    runtime = _RUNTIME_BYTES if device.kind != "cuda" else 600_000_000
+    return runtime + checkpoint.parameters * number + adapter + activations + head
+
+
+def training_flops(
+    checkpoint: Checkpoint, train: EncodedRows, settings: TrainSettings, *, checkpointing: bool
+) -> float:
+    """Return operations of one epoch's matmuls: forward, and input gradients where they flow."""
+    weights = checkpoint.layer_parameters
+    forward = 2.0 * weights * checkpoint.layers
+    crossed = 2.0 * weights * trained_layers(checkpoint, settings)
+    a_token = forward + crossed * (2 if checkpointing else 1)
+    head = 4.0 * checkpoint.vocabulary * checkpoint.hidden_size
+    return a_token * train.tokens + head * train.trained_tokens
+
+
+def _seconds(
+    checkpoint: Checkpoint,
+    train: EncodedRows,
+    held_out: EncodedRows,
+    settings: TrainSettings,
+    device: Device,
+    *,
+    checkpointing: bool,
+) -> float:
+    """Return the time to train, from the measured matmul rate and the share of it that training reaches."""
+    if not device.flops_per_second:
+        return 0.0
+    an_epoch = optimizer_steps(train, TrainSettings(
+        epochs=1, tokens_per_batch=settings.tokens_per_batch,
+        gradient_accumulation=settings.gradient_accumulation, seed=settings.seed,
+    ), device)  # fmt: skip
+    epochs = optimizer_steps(train, settings, device) / an_epoch
+    flops = training_flops(checkpoint, train, settings, checkpointing=checkpointing) * epochs
+    forward = 2.0 * checkpoint.layer_parameters * checkpoint.layers
+    flops += settings.held_out_evaluations * forward * held_out.tokens
+    return flops / (device.flops_per_second * _TRAINING_EFFICIENCY)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f}"

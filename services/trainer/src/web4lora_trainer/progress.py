@@ -1,0 +1,132 @@
+# ruff: noqa: ARG002 - transformers names the arguments of a callback
+"""Follows a training: a row of loss.csv and a report for every step, held-out measurements at their steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from web4lora_trainer.loss_report import LossLog, LossRow
+from web4lora_trainer.run_training import Report, TrainProgress
+from web4lora_trainer.train_settings import TrainSettings
+
+if TYPE_CHECKING:
+    from web4lora_trainer.sft import AnswerTrainer
+
+_RECENT_STEPS = 20
+
+
+class StepReporter(TrainerCallback):
+    """Turns the trainer's events into rows and reports.
+
+    Args:
+        log: Where rows go.
+        total_steps: All optimizer steps.
+        resumed_step: The step this attempt goes on from.
+        settings: How often the held-out loss is measured.
+        report: The caller's callback.
+    """
+
+    def __init__(
+        self, log: LossLog, total_steps: int, resumed_step: int, settings: TrainSettings, report: Report
+    ) -> None:
+        self._log = log
+        self._total = total_steps
+        self._resumed_step = resumed_step
+        self._report = report
+        count = min(settings.held_out_evaluations, total_steps)
+        self._measure_at = {round(total_steps * (index + 1) / count) for index in range(count)}
+        before = log.rows[-1] if log.rows else None
+        self._tokens = before.tokens if before else 0
+        self._seconds = before.seconds if before else 0.0
+        self._held_out = next(
+            (row.held_out_loss for row in reversed(log.rows) if row.held_out_loss is not None), None
+        )
+        self._trainer: AnswerTrainer | None = None
+        self._pending: LossRow | None = None
+        self._step_began = 0.0
+        self._seen = 0
+
+    def watch(self, trainer: AnswerTrainer) -> None:
+        """Say whose tokens to count."""
+        self._trainer = trainer
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the step's clock."""
+        self._write_pending()
+        self._step_began = time.perf_counter()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Take a finished step in."""
+        if not logs or "loss" not in logs or self._trainer is None:
+            return
+        spent = time.perf_counter() - self._step_began
+        tokens, self._seen = self._trainer.trained_tokens_seen - self._seen, self._trainer.trained_tokens_seen
+        self._tokens, self._seconds = self._tokens + tokens, self._seconds + spent
+        norm = logs.get("grad_norm")
+        self._pending = LossRow(
+            step=state.global_step,
+            epoch=float(state.epoch or 0.0),
+            loss=logs["loss"],
+            held_out_loss=None,
+            learning_rate=logs.get("learning_rate", 0.0),
+            grad_norm=norm if norm is not None and math.isfinite(norm) else None,
+            tokens=self._tokens,
+            tokens_per_second=tokens / max(spent, 1e-9),
+            seconds=self._seconds,
+        )
+        self._tell(self._pending)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask for the held-out loss where it is due."""
+        if self._trainer is not None and self._trainer.eval_dataset is not None:
+            control.should_evaluate = state.global_step in self._measure_at
+        return control
+
+    def on_evaluate(self, *_: Any, metrics: dict[str, float] | None = None, **__: Any) -> None:
+        """Add the held-out loss to the step's row."""
+        self._held_out = (metrics or {}).get("eval_loss")
+        self._write_pending(self._held_out)
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Have the step on disk no later than its checkpoint's use."""
+        self._write_pending()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Write the last row."""
+        self._write_pending()
+
+    def _write_pending(self, held_out_loss: float | None = None) -> None:
+        row, self._pending = self._pending, None
+        if row is not None:
+            self._log.append(
+                row if held_out_loss is None else LossRow(**{**vars(row), "held_out_loss": held_out_loss})
+            )
+            if held_out_loss is not None:
+                self._tell(row)
+
+    def _tell(self, row: LossRow) -> None:
+        recent = [*self._log.rows[-_RECENT_STEPS:], row]
+        recent = [each for each in recent if each.step > self._resumed_step]
+        speeds = [(each.tokens_per_second, each) for each in recent if each.tokens_per_second > 0]
+        rate = len(speeds) / sum(1 / speed for speed, _ in speeds) if speeds else 0.0
+        before = self._log.rows[self._resumed_step - 1] if self._resumed_step and self._log.rows else None
+        made = row.step - self._resumed_step
+        per_step = (row.seconds - (before.seconds if before else 0.0)) / max(made, 1)
+        self._report(
+            TrainProgress(
+                phase="train",
+                step=row.step,
+                total_steps=self._total,
+                loss=row.loss,
+                held_out_loss=self._held_out,
+                tokens_per_second=rate,
+                seconds_left=per_step * (self._total - row.step),
+                resumed_step=self._resumed_step,
+            )
+        )

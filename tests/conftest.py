@@ -1,0 +1,36 @@
+"""What all tests share: the real servers, and an environment that no user's settings reach."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from web4lora_chassis.settings import PREFIX, Settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `servers`
+
+from servers.fixtures import NOT_BUILT, bucket, minio, minio_proxy, toxiproxy
+
+__all__ = ["bucket", "minio", "minio_proxy", "toxiproxy"]
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the user's settings out of the environment; the cache stays, it holds what took long to make."""
+    for name in Settings.model_fields:
+        if name != "cache":
+            monkeypatch.delenv(f"{PREFIX}{name.upper()}", raising=False)
+            monkeypatch.delenv(f"{PREFIX}{name.upper()}_FILE", raising=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the servers that were missing, and what that left untested."""
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    missing = Counter(name for reason in reasons for name in re.findall(rf"([\w-]+){NOT_BUILT}", reason))
+    if missing:
+        terminalreporter.section("servers that are not built")
+    for name, count in sorted(missing.items()):
+        terminalreporter.line(f"{name}: {count} skipped. Build it: python tests/servers/build.py {name}")

@@ -1,0 +1,211 @@
+"""Fixtures that start the built servers on free loopback ports and stop them.
+
+A server that is not built skips its tests, by name, in the summary; with CI=true it fails them.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+from minio import Minio
+from web4lora_chassis.process import start
+
+from servers.build import find
+
+NOT_BUILT = " is not built"
+"""What the reason of a skipped test says behind the name of the server that it wants."""
+
+_READY_SECONDS = 60.0
+_STOP_SECONDS = 10.0
+
+
+def program(name: str) -> Path:
+    """Return a server's program, or skip the test; in CI, fail it."""
+    found = find(name)
+    if found and found.is_file():
+        return found
+    why = f"{name}{NOT_BUILT}: python tests/servers/build.py {name}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+def free_port() -> int:
+    """Return a port of the loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(
+    command: list[str | Path], ready_url: str, folder: Path, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server until the block ends; the block begins once `ready_url` answers 200.
+
+    Raises:
+        RuntimeError: It ended or did not get ready; the message ends with its last words.
+    """
+    log_path = folder / "server.log"
+    with log_path.open("ab") as log:
+        server = start(command, cwd=folder, env={**os.environ, **(env or {})}, stdout=log, new_session=True)
+    try:
+        deadline = time.monotonic() + _READY_SECONDS
+        while not _answers(ready_url):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command[0]} did not get ready:\n{log_path.read_text()[-2000:]}")
+            time.sleep(0.05)
+        yield server
+    finally:
+        server.terminate()
+        try:
+            server.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return urllib3.request("GET", url, timeout=1.0, retries=False).status == 200
+    except urllib3.exceptions.HTTPError:
+        return False
+
+
+@dataclass(frozen=True)
+class MinioServer:
+    """A running MinIO.
+
+    Attributes:
+        endpoint: Host and port.
+        access_key: Its root user.
+        secret_key: Its root password.
+    """
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def client(self) -> Minio:
+        return Minio(self.endpoint, self.access_key, self.secret_key, secure=False, region="us-east-1")
+
+
+@pytest.fixture(scope="session")
+def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioServer]:
+    """A MinIO of the session's own."""
+    command = program("minio")
+    folder = tmp_path_factory.mktemp("minio")
+    port = free_port()
+    server = MinioServer(f"127.0.0.1:{port}", f"user{secrets.token_hex(4)}", secrets.token_hex(16))
+    env = {
+        "HOME": str(folder),
+        "MINIO_ROOT_USER": server.access_key,
+        "MINIO_ROOT_PASSWORD": server.secret_key,
+        "MINIO_BROWSER": "off",
+        "MINIO_UPDATE": "off",
+    }
+    arguments = ["server", folder / "data", "--address", server.endpoint, "--quiet"]
+    with started([command, *arguments], f"http://{server.endpoint}/minio/health/live", folder, env):
+        yield server
+
+
+@pytest.fixture
+def bucket(minio: MinioServer) -> Iterator[str]:
+    """A bucket of the test's own."""
+    name = f"test-{secrets.token_hex(6)}"
+    minio.client.make_bucket(name)
+    yield name
+    for found in minio.client.list_objects(name, recursive=True):
+        minio.client.remove_object(name, found.object_name)
+
+
+class Proxy:
+    """A TCP proxy in front of a server that can break or stall the connections through it.
+
+    Attributes:
+        address: Where to connect instead of the server.
+    """
+
+    def __init__(self, api: str, upstream: str) -> None:
+        self._api = api
+        self._name = f"p{secrets.token_hex(4)}"
+        answer = self._call(
+            "POST", "/proxies", {"name": self._name, "listen": "127.0.0.1:0", "upstream": upstream}
+        )
+        self.address = str(answer["listen"])
+
+    def cut(self) -> None:
+        """Break all connections and refuse new ones."""
+        self._call("POST", f"/proxies/{self._name}", {"enabled": False})
+
+    def cut_after(self, size_bytes: int, stream: str) -> None:
+        """Break each connection after so many bytes of a stream: "upstream" or "downstream"."""
+        self._toxic("limit_data", stream, {"bytes": size_bytes})
+
+    def stall(self, stream: str) -> None:
+        """Let no byte of a stream through any more; connections stay open."""
+        self._toxic("timeout", stream, {"timeout": 0})
+
+    def slow(self, kilobytes_per_second: int, stream: str) -> None:
+        """Let a stream through slowly."""
+        self._toxic("bandwidth", stream, {"rate": kilobytes_per_second})
+
+    def heal(self) -> None:
+        """Let everything through again."""
+        for toxic in self._call("GET", f"/proxies/{self._name}/toxics"):
+            self._call("DELETE", f"/proxies/{self._name}/toxics/{toxic['name']}")
+        self._call("POST", f"/proxies/{self._name}", {"enabled": True})
+
+    def close(self) -> None:
+        """Remove it."""
+        self._call("DELETE", f"/proxies/{self._name}")
+
+    def received_bytes(self, stream: str = "upstream") -> int:
+        """Return how many bytes of a stream came to the proxy since it was made."""
+        text = urllib3.request("GET", f"{self._api}/metrics").data.decode()
+        for line in text.splitlines():
+            if line.startswith("toxiproxy_proxy_received_bytes_total") and all(
+                f'="{word}"' in line for word in (self._name, stream)
+            ):
+                return int(float(line.rsplit(" ", 1)[1]))
+        return 0
+
+    def _toxic(self, kind: str, stream: str, attributes: Mapping[str, int]) -> None:
+        body = {"type": kind, "stream": stream, "attributes": attributes}
+        self._call("POST", f"/proxies/{self._name}/toxics", body)
+
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        answer = urllib3.request(method, self._api + path, json=body, timeout=10.0)
+        if answer.status >= 400:
+            raise RuntimeError(f"toxiproxy: {method} {path}: {answer.data.decode()}")
+        return answer.json() if answer.data else None
+
+
+@pytest.fixture(scope="session")
+def toxiproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The proxy's server; the address of its API."""
+    port = free_port()
+    command = [program("toxiproxy"), "-host", "127.0.0.1", "-port", str(port), "-proxy-metrics"]
+    api = f"http://127.0.0.1:{port}"
+    with started(command, f"{api}/version", tmp_path_factory.mktemp("toxiproxy")):
+        yield api
+
+
+@pytest.fixture
+def minio_proxy(minio: MinioServer, toxiproxy: str) -> Iterator[Proxy]:
+    """A proxy of the test's own in front of MinIO."""
+    proxy = Proxy(toxiproxy, minio.endpoint)
+    yield proxy
+    proxy.close()
