@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import urllib3
 from minio import Minio
+from minio.error import S3Error
 from web4lora_chassis.process import start
 
 from servers.build import find
@@ -99,7 +100,14 @@ class MinioServer:
 
     @property
     def client(self) -> Minio:
-        return Minio(self.endpoint, self.access_key, self.secret_key, secure=False, region="us-east-1")
+        return Minio(
+            self.endpoint,
+            self.access_key,
+            self.secret_key,
+            secure=False,
+            region="us-east-1",
+            http_client=urllib3.PoolManager(retries=False, timeout=30.0),
+        )
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +126,17 @@ def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioServer]:
     }
     arguments = ["server", folder / "data", "--address", server.endpoint, "--quiet"]
     with started([command, *arguments], f"http://{server.endpoint}/minio/health/live", folder, env):
+        while not _takes_calls(server.client):  # for a moment it is alive and answers 503
+            time.sleep(0.05)
         yield server
+
+
+def _takes_calls(client: Minio) -> bool:
+    try:
+        client.list_buckets()
+    except S3Error:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -173,7 +191,19 @@ class Proxy:
         self._call("DELETE", f"/proxies/{self._name}")
 
     def received_bytes(self, stream: str = "upstream") -> int:
-        """Return how many bytes of a stream came to the proxy since it was made."""
+        """Return how many bytes of a stream came to the proxy since it was made; breaks all connections.
+
+        The proxy adds a connection's bytes up when it ends.
+        """
+        self._call("POST", f"/proxies/{self._name}", {"enabled": False})
+        before, now = -1, self._counted(stream)
+        while now != before:
+            time.sleep(0.1)
+            before, now = now, self._counted(stream)
+        self._call("POST", f"/proxies/{self._name}", {"enabled": True})
+        return now
+
+    def _counted(self, stream: str) -> int:
         text = urllib3.request("GET", f"{self._api}/metrics").data.decode()
         for line in text.splitlines():
             if line.startswith("toxiproxy_proxy_received_bytes_total") and all(

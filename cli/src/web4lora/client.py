@@ -199,7 +199,10 @@ class Client:
     def deployments(self) -> list[deployer_pb2.Deployment]:
         """Return what is deployed, newest first."""
         request = gateway_pb2.GatewayServiceListDeploymentsRequest()
-        return list(self._call(self._gateway.ListDeployments, request).deployments)
+        found = list(self._call(self._gateway.ListDeployments, request).deployments)
+        for deployment in found:  # a deployer in a container has a name of its own for this machine
+            deployment.endpoint = deployment.endpoint.replace("//host.docker.internal", "//127.0.0.1", 1)
+        return found
 
     def deployment(self, name: str) -> deployer_pb2.Deployment:
         """Return a deployment by its id, or the newest of a name.

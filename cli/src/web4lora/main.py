@@ -8,12 +8,14 @@ import os
 import sys
 import traceback
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from web4lora_chassis.errors import Internal, InvalidInput, Web4Error
+from web4lora_chassis.settings import ENV_FILE
 
-from web4lora.commands import artifacts, chat, dataset, demo, deployments, run, runs, stack
+from web4lora.commands import artifacts, chat, dataset, demo, deployments, gc, run, runs, stack, trainer
 from web4lora.commands.options import examples
 from web4lora.views import console
 
@@ -31,10 +33,12 @@ stack.register(app)
 run.register(app)
 chat.register(app)
 demo.register(app)
+gc.register(app)
 app.add_typer(runs.app, name="runs")
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(dataset.app, name="dataset")
 app.add_typer(deployments.app, name="deployments")
+app.add_typer(trainer.app, name="trainer")
 
 
 def _show_version(wanted: bool) -> None:
@@ -48,8 +52,15 @@ def _options(
     _: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
+    env_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--env-file", envvar=ENV_FILE, help="Speak to the stack of this .env: the one in containers."
+        ),
+    ] = None,
 ) -> None:
-    pass
+    if env_file:
+        os.environ[ENV_FILE] = str(env_file.absolute())
 
 
 def main() -> None:

@@ -144,11 +144,11 @@ class _Walk:
         """Say that a key is not one of a message's, and which one may be meant."""
         name = _join(path, key)
         names = list(_fields(message))
-        if close := get_close_matches(key, names, n=1, cutoff=0.6):
-            return f"{name} is not a key here; did you mean {close[0]}?"
-        places = [place for place in _places(self._root, key) if place != name]
+        places = [place for place in _places(self._root, key) if place != path]
         if places:
             return f"{name} is not a key here; it belongs to {places[0]}."
+        if close := get_close_matches(key, names, n=1, cutoff=0.6):
+            return f"{name} is not a key here; did you mean {close[0]}?"
         return f"{name} is not a key here; the keys are {', '.join(names)}."
 
     def _list(self, node: yaml.Node, descriptor: FieldDescriptor, path: str) -> Any:

@@ -153,7 +153,7 @@ class Stack:
             found = psutil.Process(int(noted["pid"]))
             same = abs(found.create_time() - float(noted["started"])) < _SAME_START_SECONDS
             return found if same and found.status() != psutil.STATUS_ZOMBIE else None
-        except (OSError, ValueError, KeyError, psutil.Error):
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
 
     def _start(self, each: Service) -> None:
@@ -237,14 +237,22 @@ class Stack:
         )
 
     def _stop(self, names: list[str], report: Report) -> list[str]:
+        """Stop the gateway first, so that it takes nothing for a failure, then the others at once."""
         stopped = []
-        for each in reversed([each for each in self.services if each.name in names]):
-            running = self.process(each)
-            if running is not None:
-                _end(running)
-                stopped.append(each.name)
-            each.pid_file.unlink(missing_ok=True)
-            report(each.name, "stopped" if running else "not running")
+        chosen = [each for each in reversed(self.services) if each.name in names]
+        for group in ([each for each in chosen if each.name == "gateway"],
+                      [each for each in chosen if each.name != "gateway"]):  # fmt: skip
+            running = {each.name: self.process(each) for each in group}
+            for found in running.values():
+                if found is not None:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        found.terminate()
+            for each in group:
+                if (found := running[each.name]) is not None:
+                    _await_end(found)
+                    stopped.append(each.name)
+                each.pid_file.unlink(missing_ok=True)
+                report(each.name, "stopped" if found else "not running")
         return stopped
 
     @contextlib.contextmanager
@@ -268,16 +276,15 @@ def usable_cores() -> int:
     return max(1, min(logical, psutil.cpu_count(logical=False) or logical))
 
 
-def _end(running: psutil.Process) -> None:
-    """Ask a process to end; kill it and what is left of its session when it does not."""
+def _await_end(ending: psutil.Process) -> None:
+    """Wait for a process that was asked to end; kill it and what is left of its session when it does not."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        running.terminate()
         try:
-            running.wait(_STOP_SECONDS)
+            ending.wait(_STOP_SECONDS)
         except psutil.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(running.pid, signal.SIGKILL)
-            running.wait(_STOP_SECONDS)
+                os.killpg(ending.pid, signal.SIGKILL)
+            ending.wait(_STOP_SECONDS)
 
 
 def _listens(address: str) -> bool:

@@ -13,6 +13,11 @@ from web4lora_chassis.rpc import error_of
 
 SUCCEEDED = ["SUCCEEDED"] * 5
 REUSED = ["REUSED"] * 5
+ARTIFACTS = {"adapter_config.json", "adapter_model.safetensors", "merged_model.gguf", "model.Q4_K_M.gguf"}
+PUBLISHED = {
+    "logs/loss.csv", "logs/run.log", "Modelfile", "SHA256SUMS", "eval_log.md", "eval.json",
+    "drawio_diagram.png", "run.json",
+}  # fmt: skip
 
 
 def test_a_run_succeeds_and_leaves_its_folder(stack, states, stage):
@@ -35,10 +40,7 @@ def test_a_run_succeeds_and_leaves_its_folder(stack, states, stage):
     assert last.output_dir == str(folder)
     assert (stack.outputs / "latest").resolve() == folder
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files == {
-        "adapter_config.json", "adapter_model.safetensors", "logs/loss.csv", "logs/run.log", "merged_model.gguf",
-        "model.Q4_K_M.gguf", "Modelfile", "SHA256SUMS", "eval_log.md", "eval.json", "drawio_diagram.png", "run.json",
-    }  # fmt: skip
+    assert files == PUBLISHED | ARTIFACTS
     facts = json.loads((folder / "run.json").read_text())
     assert facts["state"] == "SUCCEEDED"
     assert facts["package"]["quantized"][0]["type"] == "Q4_K_M"
@@ -47,9 +49,7 @@ def test_a_run_succeeds_and_leaves_its_folder(stack, states, stage):
     told_to_verify = json.loads((folder / "eval.json").read_text())
     assert told_to_verify["deploy"]["id"] == facts["deploy"]["id"]
     assert "verify" not in told_to_verify
-    assert set(stack.store.published(run.id)) == files - {
-        "adapter_config.json", "adapter_model.safetensors", "merged_model.gguf", "model.Q4_K_M.gguf",
-    }  # fmt: skip
+    assert set(stack.store.published(run.id)) == PUBLISHED
     assert "DBOS" not in stack.log
 
 

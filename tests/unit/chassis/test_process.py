@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from web4lora_chassis.errors import FailedPrecondition, Internal
 from web4lora_chassis.process import run, start
@@ -32,6 +33,9 @@ def test_missing_program_and_folder_are_named(tmp_path: Path) -> None:
         start([sys.executable], cwd=tmp_path / "nowhere")
 
 
-def test_slow_program_is_ended() -> None:
+def test_slow_program_is_ended_with_what_it_started() -> None:
+    sleep = "import time; time.sleep(600)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{sleep}'])"
     with pytest.raises(Internal, match="did not end within"):
-        run([sys.executable, "-c", "import time; time.sleep(600)"], timeout_seconds=0.2)
+        run([sys.executable, "-c", program], timeout_seconds=1)
+    assert not [child for child in psutil.Process().children(recursive=True) if sleep in child.cmdline()]

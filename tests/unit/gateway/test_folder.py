@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -77,7 +76,7 @@ def test_latest_leads_to_the_newest_run(store, tmp_path):
         ("run_2026-12-01_1", "run_2026-12-01_1"),
     ):
         RunFolder(run_id, store, outputs, tmp_path / "state").begin()
-        assert os.readlink(outputs / "latest") == leads_to
+        assert (outputs / "latest").readlink() == Path(leads_to)
 
 
 def test_somebodys_own_latest_stays(store, tmp_path):

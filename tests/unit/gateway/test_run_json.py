@@ -95,6 +95,13 @@ def test_what_is_not_known_is_left_out():
     assert facts["stages"]["train"] == {"state": "PENDING"}
 
 
+def test_a_loss_that_is_no_number_leaves_the_json_whole():
+    made = done(record(), "train", {"adapter": ref("ADAPTER", "c"), "final_loss": "NaN"})
+    text = run_json(made)
+    assert "NaN" not in text
+    assert "final_loss" not in json.loads(text)["train"]
+
+
 def test_an_error_is_named():
     failed = record().changed(error=JobFailure("OUT_OF_MEMORY", "no memory", "buy some"))
     assert json.loads(run_json(failed))["error"]["message"] == "no memory"

@@ -10,7 +10,8 @@ import typer
 from web4.lora.v1 import gateway_pb2
 
 from web4lora.client import Client, ended
-from web4lora.home import command_name, short
+from web4lora.home import command_name, load_settings, short
+from web4lora.store_console import run_folders
 from web4lora.views import console
 from web4lora.views.console import line
 from web4lora.views.follow import follower
@@ -86,6 +87,8 @@ def show_files(run: gateway_pb2.Run) -> None:
     if run.output_dir:
         folder = short(Path(run.output_dir))
         step("All files", f"{folder}/     log: {folder}/logs/run.log")
+    for number, (kind, url) in enumerate(run_folders(run, load_settings())):
+        step("In the console" if number == 0 else "", f"{kind:<12} {url}")
 
 
 def step(label: str, text: str) -> None:

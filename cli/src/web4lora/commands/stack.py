@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from web4.lora.v1 import deployer_pb2, gateway_pb2
 from web4lora_chassis.errors import InvalidInput, Unavailable, Web4Error
-from web4lora_chassis.settings import Settings
+from web4lora_chassis.settings import ENV_FILE, Settings
 
 from web4lora import doctor as machine
 from web4lora.client import Client, ended
@@ -180,9 +181,18 @@ def _services(stack: Stack, settings: Settings) -> list[dict[str, Any]]:
         else:
             row["serving"] = stack.serving(each)
         if not row["serving"] and not row["detail"]:
-            row["detail"] = f"not running; `{command_name()} up` starts it"
+            row["detail"] = _how_to_start(each.name)
         rows.append(row)
     return rows
+
+
+def _how_to_start(name: str) -> str:
+    """Say what to do about a service that does not answer, in containers or natively."""
+    if not os.environ.get(ENV_FILE):
+        return f"not running; `{command_name()} up` starts it"
+    if name == "trainer":
+        return f"not running; `{command_name()} trainer start` starts it"
+    return f"not running; `docker compose up -d {name}` starts it, `docker compose logs {name}` may say why"
 
 
 def _runs_at_work(settings: Settings) -> list[gateway_pb2.Run]:

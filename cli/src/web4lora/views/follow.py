@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -21,6 +21,7 @@ _HEARTBEAT_SECONDS = 30.0
 _BAR_WIDTH = 28
 _NAME_WIDTH = 10
 _WIDEST = 124
+_ROOM = 3  # for the ^C that a terminal prints: on a full line it would break the line and the next drawing
 _RUNNING = gateway_pb2.STAGE_STATE_RUNNING
 _ENDED = (
     gateway_pb2.STAGE_STATE_SUCCEEDED,
@@ -159,15 +160,24 @@ def _took(stage: gateway_pb2.Stage) -> str:
     return human.duration(seconds_of(stage))
 
 
-def _grid(name: RenderableType, body: RenderableType, end: RenderableType) -> Table:
+class _Row:
+    """A table that leaves some room at the right, and does not grow with very wide terminals."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self._table, options.update(width=min(options.max_width - _ROOM, _WIDEST)))
+
+
+def _grid(name: RenderableType, body: RenderableType, end: RenderableType) -> _Row:
     grid = Table.grid(padding=(0, 1, 0, 0), expand=True)
-    grid.width = min(out.width, _WIDEST)
     grid.add_column(width=1)
     grid.add_column(width=_NAME_WIDTH + 1, no_wrap=True)
     grid.add_column(ratio=1)
     grid.add_column(justify="right", no_wrap=True)
     grid.add_row("", name, body, end)
-    return grid
+    return _Row(grid)
 
 
 def overview(run: gateway_pb2.Run) -> RenderableType:
@@ -182,5 +192,6 @@ def overview(run: gateway_pb2.Run) -> RenderableType:
             took = Text(human.duration(seconds_of(stage)), style="dim")
             lines.append(_grid(Text(stage_name(stage), style="bold"), Text(text or "at work"), took))
         else:
-            lines.append(_grid(Text(stage_name(stage), style="dim"), Text("not yet", style="dim"), ""))
+            text = "not run" if run.end_time.seconds else "not yet"
+            lines.append(_grid(Text(stage_name(stage), style="dim"), Text(text, style="dim"), ""))
     return Group(*lines)

@@ -11,7 +11,6 @@ from web4.lora.v1 import deployer_pb2, gateway_pb2
 from web4lora.views import human
 from web4lora.views.console import BAD, OK, STYLES, line, out
 
-_DROP_GATE = "score drop"
 _SAMPLE_LINES = 14
 
 
@@ -43,7 +42,7 @@ def score_table(result: deployer_pb2.VerifyResult, quantization: str) -> Table:
     """Return the table of scores; the base model's column only when it was measured."""
     has_base = any(score.HasField("base_percent") for score in result.scores)
     has_reference = any(score.HasField("reference_percent") for score in result.scores)
-    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("  test", no_wrap=True)
     if has_base:
         table.add_column("base", justify="right", no_wrap=True)
@@ -52,7 +51,7 @@ def score_table(result: deployer_pb2.VerifyResult, quantization: str) -> Table:
     table.add_column(quantization, justify="right", no_wrap=True)
     if has_reference:
         table.add_column("drop, 95 % interval", no_wrap=True)
-    table.add_column("limit", no_wrap=True)
+    table.add_column("limit", overflow="fold")
     for score in result.scores:
         cells = [Text(f"  {score.title or score.name}")]
         if has_base:
@@ -116,14 +115,13 @@ def _drop(score: deployer_pb2.Score) -> str:
 
 
 def _limits(name: str, gates: Iterable[deployer_pb2.Gate]) -> Text:
-    """Return a score's limits, each with its mark, and what the measurement can't tell."""
+    """Return a score's limits, each with its mark."""
     text = Text()
     for gate in gates:
-        kind, _, about = gate.name.rpartition(":")
-        if about.strip() != name:
+        if gate.name.rpartition(":")[2].strip() != name:
             continue
         sign = OK if gate.passed else BAD
-        short_limit = gate.limit if not kind.startswith(_DROP_GATE) else f"drop {gate.limit}"
-        text.append(f"{'  ' if text else ''}{short_limit} ")
+        limit = gate.limit.replace("at most", "≤").replace("at least", "≥").replace(" points", "")
+        text.append(f"{'  ' if text else ''}{limit} ")
         text.append(sign, STYLES[sign])
     return text

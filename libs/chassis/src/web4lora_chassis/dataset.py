@@ -256,7 +256,7 @@ def _read_row(line: bytes, name: str, number: int) -> Row | Problem:
         return Problem(name, number, message, fix)
 
     try:
-        data = json.loads(line.decode("utf-8"))
+        data = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return problem(f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8")
     except json.JSONDecodeError as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from web4lora_chassis.errors import FailedPrecondition, Internal
 
@@ -87,17 +90,25 @@ def run(
     try:
         output, _ = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired as error:
-        process.kill()
-        process.communicate()
+        _kill(process)
         raise Internal(
             f"{name} did not end within {timeout_seconds:.0f} s.", reason="PROGRAM_TIMEOUT"
         ) from error
     except BaseException:
-        process.kill()
-        process.communicate()
+        _kill(process)
         raise
     text = output.decode("utf-8", errors="replace")
     if process.returncode != 0:
         tail = "\n".join(text.strip().splitlines()[-12:])
         raise Internal(f"{name} failed with exit code {process.returncode}:\n{tail}", reason="PROGRAM_FAILED")
     return text
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a program and what it started, such as the compilers of a build: they may hold its output open."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.communicate()

@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from web4lora_chassis.errors import InvalidInput
 
 PREFIX = "WEB4LORA_"
-_ENV_FILE = f"{PREFIX}ENV_FILE"
+ENV_FILE = f"{PREFIX}ENV_FILE"
 
 
 class Settings(BaseSettings):
@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     s3_access_key: SecretStr = SecretStr("")
     s3_secret_key: SecretStr = SecretStr("")
     s3_region: str = "us-east-1"
+    console: str = Field(default="", description="Address of the object store's web console, for people")
 
     token: SecretStr = Field(
         default=SecretStr(""), description="Shared secret of the services; needed beyond the loopback"
@@ -90,7 +91,7 @@ def load(kind: type[S], **overrides: object) -> S:
     Raises:
         InvalidInput: A value has the wrong form; the message names the variable.
     """
-    _take_env_file()
+    take_env_file()
     given = dict(overrides)
     secrets = [name for name, field in kind.model_fields.items() if field.annotation is SecretStr]
     for name in secrets:
@@ -138,19 +139,19 @@ def read_pem(path: Path) -> bytes:
     return data
 
 
-def _take_env_file() -> None:
+def take_env_file() -> None:
     """Give the environment, and so our child processes, what the file in WEB4LORA_ENV_FILE adds to it."""
-    path = os.environ.get(_ENV_FILE)
+    path = os.environ.get(ENV_FILE)
     if not path:
         return
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise InvalidInput(
-            f"{_ENV_FILE}: can't read {path}: {error.strerror}.",
+            f"{ENV_FILE}: can't read {path}: {error.strerror}.",
             fix="docker/make-env writes one; or unset the variable.",
         ) from error
-    for line in text.splitlines():
-        name, assigned, value = line.strip().partition("=")
-        if assigned and name.startswith(PREFIX):
-            os.environ.setdefault(name, value.strip().strip("'\""))
+    words = (line.strip().partition("=") for line in text.splitlines())
+    values = {name: value.strip().strip("'\"") for name, _, value in words if name.startswith(PREFIX)}
+    for name, value in values.items():
+        os.environ.setdefault(name, value)

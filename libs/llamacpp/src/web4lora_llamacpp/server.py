@@ -186,7 +186,8 @@ class LlamaServer:
             match = _LISTENING.search(self._log())
             if not match:
                 return False
-            self._base = match[1].decode()
+            # Who listens on every address is asked at the loopback, under the same port.
+            self._base = match[1].decode().replace("//0.0.0.0:", "//127.0.0.1:")
         parts = urlsplit(self._base)
         connection = http.client.HTTPConnection(parts.hostname or self._host, parts.port, timeout=5)
         try:

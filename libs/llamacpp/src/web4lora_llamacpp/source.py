@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO, cast
 
 from web4lora_chassis import process
 from web4lora_chassis.artifacts import hash_file
@@ -58,6 +59,7 @@ SDIST = Sdist(
 # Two thirds of the source are test vocabularies and documents that neither build nor converter reads.
 _LEFT_OUT = {".git", "app", "benches", "docs", "examples", "media", "models", "tests"}
 _CONVERTER = "convert_hf_to_gguf.py"
+_DOWNLOAD_TIMEOUT_SECONDS = 3600.0
 
 
 def source_folder(root: Path) -> Path:
@@ -122,8 +124,10 @@ def _download(folder: Path, report: Report) -> Path:
         "--no-deps", f"--no-binary={SDIST.name}", "--require-hashes",
         "--requirement", requirements, "--dest", folder,
     ]  # fmt: skip
+    # A constraints file would have to hold hashes too.
+    env = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
     try:
-        process.run(command, timeout_seconds=1800)
+        process.run(command, env=env, timeout_seconds=_DOWNLOAD_TIMEOUT_SECONDS)
     except Internal as error:
         raise Unavailable(
             f"{SDIST.file_name} could not be downloaded. {error.message}",
@@ -144,6 +148,12 @@ def _unpack(archive: Path, target: Path) -> None:
             path = path.relative_to(prefix)
             if path.parts[0] in _LEFT_OUT:
                 continue
-            tar.extract(member.replace(name=str(path)), target, filter="data")
+            if ".." in path.parts or not member.isfile():  # by hand: Python before 3.11.4 has no safe extract
+                continue
+            place = target / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("wb") as file:
+                shutil.copyfileobj(cast(IO[bytes], tar.extractfile(member)), file)
+            place.chmod(0o755 if member.mode & 0o100 else 0o644)
     if not (target / _CONVERTER).is_file():
         raise DataLoss(f"{archive} holds no llama.cpp.")

@@ -8,16 +8,19 @@ which did before.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from web4lora_chassis.artifacts import ArtifactRef
-from web4lora_chassis.errors import NotFound
+from web4lora_chassis.errors import NotFound, Web4Error
 from web4lora_chassis.jobs.record import write_json
 
 from web4lora_deployer.names import file_name, is_candidate_id, is_name
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -201,8 +204,11 @@ class Deployments:
 
 
 def _read(path: Path) -> Deployment | None:
-    """Read a record; None when it is not there, or no longer."""
+    """Read a record; None when it is not there, or can't be read, which must not hide the others."""
     try:
         return Deployment.from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, Web4Error) as error:
+        log.error("%s can't be read and is left out: %r", path, error)
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,12 @@ def _check_verify(spec: deployer_pb2.VerifySpec) -> None:
         _check_ref("reference", spec.reference, "gguf")
     if spec.HasField("base_gguf"):
         _check_ref("base_gguf", spec.base_gguf, "gguf")
+    try:
+        run = json.loads(spec.run_json or "{}")
+    except ValueError:
+        run = None
+    if not isinstance(run, dict):
+        raise InvalidInput("run_json is not the text of a JSON object.", metadata={"field": "run_json"})
     if not spec.deployment:
         raise InvalidInput("deployment is empty; name what to test.", metadata={"field": "deployment"})
 

@@ -86,10 +86,11 @@ class Supervisor:
         records = {record.id: record for record in self._deployments.list() if record.target == TARGET}
         wanted = {deployment_id: record for deployment_id, record in records.items() if record.loaded}
         for deployment_id, keeper in list(self._keepers.items()):
-            if keeper.generation != getattr(wanted.get(deployment_id), "generation", None):
+            record = wanted.get(deployment_id)
+            if not keeper.running:
+                del self._keepers[deployment_id]
+            elif record is None or record.generation != keeper.generation:
                 keeper.ask_to_stop()
-                if not keeper.running:
-                    del self._keepers[deployment_id]
         for deployment_id in self._status.ids():
             if deployment_id not in records and deployment_id not in self._keepers:
                 self._status.remove(deployment_id)

@@ -129,7 +129,7 @@ def compare(facts: GgufFacts, served: Render) -> Difference | None:
 def go_template(facts: GgufFacts) -> GoTemplate | None:
     """Derive a Go template from how a model's Jinja puts messages in a row; None when it does more than that.
 
-    Every message is taken to be its text between two fixed strings, which may depend on the message before.
+    Every message is taken to be its text between two fixed strings, which may depend on the one before.
     Whether that is so, `compare` tells.
     """
     render = jinja_renderer(facts)
@@ -171,7 +171,7 @@ def _refuse(message: str) -> None:
 
 
 def _added_bos(facts: GgufFacts) -> str:
-    """Return the token that the tokenizer puts before every prompt, so that a template need not; else nothing.
+    """Return the token that the tokenizer puts before every prompt, so that no template need do so.
 
     In SmolLM2 that token, <|im_start|>, also begins every turn, and the tokenizer adds none.
     """
@@ -182,7 +182,7 @@ def _added_bos(facts: GgufFacts) -> str:
 
 
 def _split(text: str, parts: Sequence[str]) -> list[str] | None:
-    """Return what lies before, between and after the parts; None when they aren't there once each, in order."""
+    """Return what lies before, between and after the parts; None unless each is there once, in order."""
     pieces = []
     for part in parts:
         before, found, text = text.partition(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +17,10 @@ from web4lora_chassis.settings import load
 
 from web4lora_deployer.deploy import DEFAULT_PARALLEL, DeployRequest, deploy
 from web4lora_deployer.messages import deployment_message
+from web4lora_deployer.results import budgets_of, result_message
 from web4lora_deployer.runtimes.base import Health, State
 from web4lora_deployer.settings import DeployerSettings
+from web4lora_deployer.verify import VerifyRequest, verify
 
 
 def run_deploy(context: JobContext) -> Mapping[str, Any]:
@@ -42,5 +45,23 @@ def run_deploy(context: JobContext) -> Mapping[str, Any]:
     )
 
 
+def run_verify(context: JobContext) -> Mapping[str, Any]:
+    """Do a verify job."""
+    settings = load(DeployerSettings)
+    spec = ParseDict(dict(context.spec), deployer_pb2.VerifySpec())
+    how = spec.verify
+    request = VerifyRequest(
+        name=spec.name,
+        deployment=spec.deployment,
+        suite=ref_of(how.suite),
+        reference=ref_of(spec.reference) if spec.HasField("reference") else None,
+        base=ref_of(spec.base_gguf) if spec.HasField("base_gguf") else None,
+        budgets=budgets_of(how.budgets),
+        run=json.loads(spec.run_json) if spec.run_json else {},
+    )
+    outcome = verify(request, settings, open_store(settings), context.work_dir, context.report)
+    return to_json(result_message(outcome))
+
+
 if __name__ == "__main__":
-    sys.exit(worker_main({"deploy": run_deploy}))
+    sys.exit(worker_main({"deploy": run_deploy, "verify": run_verify}))

@@ -29,37 +29,37 @@ _MAX_QUANTIZATIONS = 8
 
 _LORA: Mapping[str, Rule] = {
     "rank": Number(16, low=1, high=512),
-    "alpha": Number(above=0),
+    "alpha": Number(above=0, high=1e5),
     "dropout": Number(0, low=0, below=1),
-    "last_layers": Number(0, low=0),
+    "last_layers": Number(0, low=0, high=10_000),
 }
 _TRAIN: Mapping[str, Rule] = {
-    "epochs": Number(1, above=0),
+    "epochs": Number(1, above=0, high=1000),
     "max_steps": Number(0, low=0),
     "learning_rate": Number(2e-4, above=0, high=1),
     "schedule": Choice("cosine", ("linear", "cosine", "constant")),
     "warmup_ratio": Number(0.03, low=0, high=1),
-    "max_length_tokens": Number(2048, low=1),
-    "tokens_per_batch": Number(low=1),  # its default depends on the trainer's device
-    "gradient_accumulation": Number(1, low=1),
+    "max_length_tokens": Number(2048, low=8, high=1 << 20),
+    "tokens_per_batch": Number(low=1, high=1 << 22),  # its default depends on the trainer's device
+    "gradient_accumulation": Number(1, low=1, high=4096),
     "gradient_checkpointing": Choice("auto", ("auto", "on", "off")),
     "dtype": Choice("auto", ("auto", "bf16", "fp16", "fp32")),
-    "seed": Number(17, low=0),
+    "seed": Number(17, low=0, high=(1 << 32) - 1),
     "checkpoint_steps": Number(0, low=0),
-    "held_out_evaluations": Number(4, low=1),
+    "held_out_evaluations": Number(4, low=0, high=1000),
     "write_bin": Flag(True),
-    "max_grad_norm": Number(1, above=0),
+    "max_grad_norm": Number(1, above=0, high=1e6),
 }
 _LOSS_BAND: Mapping[str, Rule] = {"low": Number(0.6, low=0), "high": Number(1.0, above=0)}
 _PACKAGE: Mapping[str, Rule] = {
     "gguf_type": Choice("auto", ("auto", "F16", "BF16")),
-    "context_tokens": Number(4096, low=1),
+    "context_tokens": Number(4096, low=128, high=1 << 20),
     "temperature": Number(0, low=0, high=2),
     "importance_matrix": Flag(False),
 }
 _DEPLOY: Mapping[str, Rule] = {
     "target": Choice("auto", ("auto", "ollama", "docker", "llama-server")),
-    "context_tokens": Number(4096, low=1),
+    "context_tokens": Number(4096, low=128, high=1 << 20),
     "parallel": Number(4, low=1, high=64),
 }
 _VERIFY: Mapping[str, Rule] = {"compare_base": Flag(False)}

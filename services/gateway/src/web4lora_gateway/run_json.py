@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import UTC, datetime
 from typing import Any
 
@@ -139,7 +140,8 @@ def _time(seconds: float) -> str | None:
 
 
 def _told(value: Any) -> Any:
-    """Leave out what is not known."""
+    """Leave out what is not known, and numbers that JSON has not."""
     if isinstance(value, dict):
-        return {key: _told(inner) for key, inner in value.items() if inner is not None}
-    return value
+        known = {key: _told(inner) for key, inner in value.items()}
+        return {key: inner for key, inner in known.items() if inner is not None}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,16 +12,17 @@ workflow at once, so nothing could be told to the worker any more if the gateway
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dbos import DBOS, SetWorkflowID
-from web4.lora.v1 import deployer_pb2, jobs_pb2
+from web4.lora.v1 import jobs_pb2
 from web4lora_chassis.artifacts import ArtifactStore
-from web4lora_chassis.errors import Cancelled, NotFound, Unavailable, Web4Error
+from web4lora_chassis.errors import Cancelled, Unavailable, Web4Error
 from web4lora_chassis.jobs import JobFailure, Progress
 from web4lora_chassis.rpc import failure_of, ref_of
 from web4lora_chassis.rpc.jobs import to_json
@@ -29,13 +30,13 @@ from web4lora_chassis.rpc.jobs import to_json
 from web4lora_gateway.cancellations import Cancellations
 from web4lora_gateway.folder import RunFolder
 from web4lora_gateway.follow import Work, cancel_job, follow, patiently
-from web4lora_gateway.keys import stage_key
+from web4lora_gateway.plan import Planner, threaded
 from web4lora_gateway.records import RunRecord, RunState, StageResult, StageState
 from web4lora_gateway.results import StageResults
 from web4lora_gateway.run_json import run_json
 from web4lora_gateway.runs import RunBook
 from web4lora_gateway.settings import GatewaySettings
-from web4lora_gateway.stages import BY_NAME, STAGES, Inputs, Stage
+from web4lora_gateway.stages import BY_NAME, STAGES, Stage
 from web4lora_gateway.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class RunWorkflow:
             for stage in STAGES if not began.get("error") else ():
                 plan = await _step(f"plan {stage.name}", self._plan, run_id, stage.name)
                 outcome = plan
-                if "spec" in plan:
+                if plan.get("spec"):
                     outcome = await _step(f"work {stage.name}", self._work, run_id, stage.name, plan)
                 if not await _step(
                     f"conclude {stage.name}", self._conclude, run_id, stage.name, plan, outcome
@@ -131,7 +132,7 @@ class RunWorkflow:
         return {"begun": True}
 
     async def _plan(self, run_id: str, name: str) -> Json:
-        """Decide whether a stage runs: {"reused": …}, or {"spec": …, "key": …}, or how it failed."""
+        """Decide whether a stage runs: a Plan's fields, or how it failed."""
         stage = BY_NAME[name]
         record = await self.book.change(
             run_id,
@@ -143,53 +144,12 @@ class RunWorkflow:
             ),
         )
         try:
-            return await self._decide(record, stage)
+            plan = await Planner(self.results, self.store, self.workers).plan(
+                record, stage, lambda who, call: self._patiently(run_id, stage, who, call)
+            )
         except Web4Error as error:
             return _outcome(error)
-
-    async def _decide(self, record: RunRecord, stage: Stage) -> Json:
-        inputs = Inputs.of(record, run_json(record))
-        spec = stage.spec(inputs)
-        worker = self.workers.by_name[stage.worker]
-        who = f"the {worker.name} at {worker.address}"
-        versions: Mapping[str, str] = {}
-        if stage.key_tools:
-            versions = (await self._patiently(record.id, stage, who, worker.info)).versions
-        tools = {tool: versions.get(tool, "") for tool in stage.key_tools}
-        key = stage_key(stage.name, {"identity": stage.identity(inputs, spec), "tools": tools})
-        earlier = await self._earlier(record, stage, inputs, key)
-        if earlier is not None:
-            return {"reused": asdict(earlier)}
-        if not versions:
-            versions = (await self._patiently(record.id, stage, who, worker.info)).versions
-        return {"key": key, "spec": to_json(spec), "versions": dict(versions)}
-
-    async def _earlier(self, record: RunRecord, stage: Stage, inputs: Inputs, key: str) -> StageResult | None:
-        """Return an earlier result that still holds, or None."""
-        if record.forced(stage.name):
-            return None
-        earlier = record.taken_over.get(stage.name)
-        if earlier is None and stage.reusable(inputs):
-            earlier = await self.results.find(key)
-        if earlier is None:
-            return None
-        result = stage.read(earlier.result)
-        try:
-            for ref in stage.artifacts(result):
-                await self._patiently(
-                    record.id, stage, "the artifact store", _threaded(self.store.manifest, ref_of(ref))
-                )
-            wanted = stage.deployment(inputs, result)
-            if wanted is not None:
-                who = f"the deployer at {self.workers.deployer.address}"
-                found = await self._patiently(
-                    record.id, stage, who, lambda: self.workers.deployment(wanted.id)
-                )
-                if not _serves(found, wanted):
-                    return None
-        except NotFound:
-            return None
-        return earlier
+        return asdict(plan)
 
     async def _work(self, run_id: str, name: str, plan: Json) -> Json:
         """Have the worker do a stage: {"result": …, "job_id": …}, or how it failed."""
@@ -239,7 +199,7 @@ class RunWorkflow:
     async def _conclude(self, run_id: str, name: str, plan: Json, outcome: Json) -> bool:
         """Write down what came of a stage; return whether the run goes on."""
         try:
-            if "reused" in plan:
+            if plan.get("reused"):
                 await self._succeed(run_id, name, StageResult(**plan["reused"]), reused=True)
             elif "result" in outcome:
                 made = StageResult(plan["key"], run_id, outcome["result"], plan["versions"])
@@ -259,7 +219,7 @@ class RunWorkflow:
         stage = BY_NAME[name]
         refs = [ref_of(ref) for ref in stage.files(stage.read(made.result))]
         folder = self._folder(run_id)
-        await self._patiently(run_id, stage, "the artifact store", _threaded(folder.place, refs))
+        await self._patiently(run_id, stage, "the artifact store", threaded(folder.place, refs))
         record = await self.book.change(
             run_id,
             lambda record: record.with_stage(
@@ -279,7 +239,8 @@ class RunWorkflow:
         )
         await self._log(run_id, f"{name}: {how}")
         await self._write(run_id)
-        await self._patiently(run_id, stage, "the artifact store", _threaded(folder.publish))
+        with contextlib.suppress(Cancelled):  # the stage is done, and the run's end publishes too
+            await self._patiently(run_id, stage, "the artifact store", threaded(folder.publish))
 
     async def _fail(self, run_id: str, name: str, outcome: Json, key: str) -> None:
         error = JobFailure(**outcome["error"]) if "error" in outcome else None
@@ -362,10 +323,6 @@ async def _step(name: str, function: Callable[..., Coroutine[Any, Any, Any]], *a
     return await DBOS.run_step_async({"name": name}, function, *args)
 
 
-def _threaded(function: Callable[..., Any], *args: Any) -> Callable[[], Coroutine[Any, Any, Any]]:
-    return lambda: asyncio.to_thread(function, *args)
-
-
 def _outcome(error: Web4Error) -> Json:
     if isinstance(error, Cancelled):
         return {"cancelled": True}
@@ -376,13 +333,3 @@ def _failure(error: Exception) -> JobFailure:
     return JobFailure(
         "INTERNAL", f"{type(error).__name__}: {error}", "This is a defect; the gateway's log has the details."
     )
-
-
-def _serves(found: deployer_pb2.Deployment, wanted: deployer_pb2.Deployment) -> bool:
-    same = (found.id, found.target, found.context_tokens, found.gguf.digest) == (
-        wanted.id,
-        wanted.target,
-        wanted.context_tokens,
-        wanted.gguf.digest,
-    )
-    return same and found.state == deployer_pb2.DEPLOYMENT_STATE_SERVING

@@ -19,7 +19,11 @@ from web4lora_packager.specs import check
 
 async def run(settings: PackagerSettings) -> None:
     """Serve until a signal; one job at a time, the others wait in order."""
-    runner = JobRunner(settings.home / "packager" / "jobs", "web4lora_packager.worker")
+    runner = JobRunner(
+        settings.home / "packager" / "jobs",
+        "web4lora_packager.worker",
+        env={"OPENBLAS_NUM_THREADS": "1"},  # B @ A is narrow: threads that wait for each other cost more
+    )
     registration = Registration(
         packager_pb2.DESCRIPTOR.services_by_name["PackagerService"].full_name,
         packager_pb2_grpc.add_PackagerServiceServicer_to_server,

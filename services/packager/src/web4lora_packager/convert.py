@@ -20,8 +20,9 @@ _F16_MAX = 65504.0
 def choose_type(asked: str, max_abs_weight: float) -> str:
     """Return the GGUF's 16-bit type.
 
-    "auto" takes F16 when every weight fits its range: processors without bfloat16 instructions run F16
-    several times as fast, and F16's finer steps hold every bfloat16 value above 6e-5 exactly.
+    "auto" takes F16 when every weight fits its range, which trained models' weights do. F16 holds every
+    bfloat16 value above 6e-5 exactly, and processors without bfloat16 instructions are faster with it: by
+    1.45 for prompts and 1.15 for answers on an AVX2 machine, measured with SmolLM2-135M and llama-bench.
 
     Args:
         asked: auto, F16 or BF16.

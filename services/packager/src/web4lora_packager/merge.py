@@ -195,7 +195,8 @@ def _write(
         return
     rows = _updated(tensor, change, lora) if isinstance(change, LowRank) else _replaced(tensor, change, lora)
     for old, new in rows:
-        rounded = new.astype(FLOATS[tensor.dtype])
+        with np.errstate(over="ignore"):  # an infinity is refused when it is counted
+            rounded = new.astype(FLOATS[tensor.dtype])
         out.write(rounded.tobytes())
         tally.wrote(tensor, rounded)
         difference = rounded.astype(np.float32) - old

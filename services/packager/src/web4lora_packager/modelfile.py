@@ -125,7 +125,8 @@ def _quoted(text: str) -> str:
         if _survives(text, mark):
             return f"{mark}{text}{mark}"
     raise InvalidInput(
-        f"A Modelfile can't hold this text: {text[:60]!r}….", fix="Change its line with quotes."
+        f"A Modelfile can't hold this text: {text[:60]!r}….",
+        fix="Change the lines that end with quotes, in its licence or template.",
     )
 
 

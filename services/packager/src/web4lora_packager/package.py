@@ -32,7 +32,7 @@ from web4lora_packager.steps import Step, Steps
 Report = Callable[[Progress], None]
 
 REFERENCE_NAME = "merged_model.gguf"
-# Of the 16-bit file's size, by the type's first digit; small models, whose embeddings weigh more, are over it.
+# Upper bounds, as shares of the 16-bit file's size, by the type's first digit.
 _QUANT_SHARE = {"8": 0.55, "6": 0.5, "5": 0.5}
 _QUANT_SHARE_ELSE = 0.45
 _HEADROOM_BYTES = 256 << 20

@@ -27,10 +27,10 @@ NEED_MATRIX = frozenset(
 """Those that llama-quantize refuses, or ruins the model with, without an importance matrix."""
 
 _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+\S+\s+-\s+\[([\d,\s]+)\]")
-_CHUNK = re.compile(r"\[(\d+)\][\d.]+,?")
-_CHUNKS = re.compile(r"computing over (\d+) chunks")
+_CHUNKS = re.compile(r"computing over (\d+) chunks.*n_seq=(\d+)")
+_PASS = re.compile(r"([\d.]+) seconds per pass")
 _CHUNK_TOKENS = 512
-_MATRIX_CHUNKS = 200
+_MATRIX_CHUNKS = 100
 _MATRIX_CHARACTERS = 1 << 20
 
 
@@ -97,7 +97,8 @@ def importance_matrix(
         text: Conversations as the model reads them, see `calibration_text`.
         target: The file to write; replaced at once when done.
         log: Its output is appended here.
-        report: Takes progress: phase "importance matrix", in chunks of 512 tokens.
+        report: Takes progress: phase "importance matrix", in chunks of 512 tokens, with
+            the time left as it was after the first ones.
 
     Raises:
         Internal: llama-imatrix failed; the message has its last lines.
@@ -105,16 +106,16 @@ def importance_matrix(
     """
     phase = "importance matrix"
     report(Progress(phase))
-    started, total = 0.0, 0
+    total, chunks_per_pass = 0, 1
 
     def on_line(line: str) -> None:
-        nonlocal started, total
+        nonlocal total, chunks_per_pass
         if found := _CHUNKS.search(line):
-            total, started = int(found[1]), time.monotonic()
-        elif total and (chunks := _CHUNK.findall(line)):
-            done = int(chunks[-1])
-            left = (time.monotonic() - started) / done * (total - done)
-            report(Progress(phase, done, total, "chunks", left))
+            total, chunks_per_pass = int(found[1]), int(found[2])
+            report(Progress(phase, 0, total, "chunks"))
+        elif found := _PASS.search(line):  # told once, after the first pass
+            left = float(found[1]) * (total / chunks_per_pass - 1)
+            report(Progress(phase, chunks_per_pass, total, "chunks", left))
 
     part = target.with_name(f"part-{target.name}")
     command: list[str | Path] = [

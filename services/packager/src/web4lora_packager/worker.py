@@ -61,8 +61,8 @@ def require_base(spec: PackageSpec, adapter: Manifest) -> None:
         )
     if spec.base.digest not in {ref.digest for ref in bases}:
         raise FailedPrecondition(
-            f"The adapter was trained on base model {bases[0].digest[:4]}…, this is {spec.base.digest[:4]}….  "
-            "Merging would give a model nobody trained.",
+            f"The adapter was trained on base model {bases[0].digest[:4]}…, "
+            f"this is {spec.base.digest[:4]}….  Merging would give a model nobody trained.",
             fix=f"Use {bases[0]}, or train again on this one.",
             reason="BASE_MISMATCH",
             metadata={"trained_on": str(bases[0]), "asked_for": str(spec.base)},

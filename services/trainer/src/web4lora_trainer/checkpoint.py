@@ -179,7 +179,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInput(
             f"{path} can't be read as safetensors: {error}.", fix="Fetch the file again."
         ) from error

@@ -180,7 +180,7 @@ def _read_messages(data: Any, place: str, findings: _Findings) -> tuple[Message,
             place, "`messages` is missing or not a list", 'add "messages": [{"role": …, "content": …}, …]'
         )
         return ()
-    messages = []
+    messages: list[Message] = []
     for index, entry in enumerate(data, start=1):
         problem = _message_problem(entry, index, messages)
         if problem:

@@ -8,10 +8,10 @@ import random
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from web4lora_chassis.errors import FailedPrecondition, OutOfMemory
 
@@ -26,6 +26,8 @@ from web4lora_trainer.preflight import Estimate, estimate, optimizer_steps, requ
 from web4lora_trainer.train_settings import TrainSettings
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from web4lora_trainer.sft import AnswerTrainer
 
 _HELD_OUT_SHARE = 0.04
@@ -295,7 +297,7 @@ class _Run:
         log = LossLog(self._losses, resumed_step)
         try:
             reporter = StepReporter(log, steps, resumed_step, self._settings, self._report)
-            trainer = self._trainer(steps, reporter)
+            trainer = self._trainer(steps, [reporter])
             reporter.watch(trainer)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
@@ -303,7 +305,7 @@ class _Run:
         self._report(TrainProgress("export", steps, steps))
         return self._export(trainer, log)
 
-    def _trainer(self, steps: int, reporter: Any) -> AnswerTrainer:
+    def _trainer(self, steps: int, callbacks: Sequence[TrainerCallback]) -> AnswerTrainer:
         from peft import LoraConfig
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -353,7 +355,8 @@ class _Run:
             use_cpu=device.kind == "cpu",
             bf16=False,
             fp16=False,
-            gradient_checkpointing=False,
+            gradient_checkpointing=None,  # type: ignore[arg-type]  # TRL would turn it on
+            activation_checkpointing=False,
             logging_strategy="steps",
             logging_steps=1,
             logging_nan_inf_filter=False,
@@ -380,7 +383,7 @@ class _Run:
             self._held_out.rows,
             device,
             settings.batch_tokens(device.kind),
-            [reporter],
+            callbacks,
         )
         trainer.check_head()
         return trainer

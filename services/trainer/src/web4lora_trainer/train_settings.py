@@ -149,15 +149,16 @@ class TrainSettings:
 
 def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that are fields of a dataclass; JSON carries some numbers (64 bit, NaN) as text."""
-    numbers = {
-        entry.name: type(entry.default) for entry in fields(kind) if type(entry.default) in (int, float)
-    }
-    names = {entry.name for entry in fields(kind)}
-    return {
-        name: numbers[name](value) if name in numbers else value
-        for name, value in values.items()
-        if name in names
-    }
+    known = {}
+    for entry in fields(kind):
+        if entry.name in values:
+            value = values[entry.name]
+            if isinstance(entry.default, int) and not isinstance(entry.default, bool):
+                value = int(value)
+            elif isinstance(entry.default, float):
+                value = float(value)
+            known[entry.name] = value
+    return known
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from google.protobuf.json_format import ParseDict
 from web4.lora.v1 import (
     deployer_pb2,
     deployer_pb2_grpc,
@@ -18,7 +19,6 @@ from web4.lora.v1 import (
     trainer_pb2,
     trainer_pb2_grpc,
 )
-from google.protobuf.json_format import ParseDict
 from web4lora_chassis.errors import NotFound
 from web4lora_chassis.jobs import JobRunner
 from web4lora_chassis.rpc import JobApi, Registration, serve

@@ -283,12 +283,9 @@ def _part_file(target: Path, entry: FileEntry) -> Iterator[IO[bytes]]:
     """Open the file that a download goes into. One that another process is filling is left to it."""
     place = target.with_name(f"{PART_PREFIX}{entry.sha256[:32]}")
     with _open(place) as part:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # It may have been renamed between the opening and the lock.
-            if place.exists() and place.stat().st_ino == os.fstat(part.fileno()).st_ino:
-                yield part
-                return
+        if _locked(part, place):
+            yield part
+            return
     place = target.with_name(f"{PART_PREFIX}{secrets.token_hex(8)}")
     with _open(place) as part:
         try:
@@ -297,6 +294,15 @@ def _part_file(target: Path, entry: FileEntry) -> Iterator[IO[bytes]]:
             place.unlink(missing_ok=True)
 
 
+def _locked(part: IO[bytes], place: Path) -> bool:
+    """Tell whether the file is ours alone now, and still at its place: another may have finished it."""
+    try:
+        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return place.exists() and place.stat().st_ino == os.fstat(part.fileno()).st_ino
+
+
 def _open(place: Path) -> IO[bytes]:
     """Open a file to read and write; make it when it is missing, leave it as it is when it is there."""
-    return open(place, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o644))  # noqa: PTH123
+    return open(place, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o644))

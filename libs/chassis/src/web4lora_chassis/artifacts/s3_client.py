@@ -14,6 +14,7 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Retry,
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
+from web4lora_chassis.artifacts.store import BUCKET_MISSING
 from web4lora_chassis.errors import (
     FailedPrecondition,
     Internal,
@@ -25,7 +26,6 @@ from web4lora_chassis.errors import (
     Web4Error,
 )
 
-BUCKET_MISSING = "BUCKET_MISSING"
 _RETRIES = 3
 _SEND_BYTES = 256 << 10
 _KEYS_WRONG = {
@@ -85,6 +85,7 @@ def connect(
             backoff_factor=0.2,
             status_forcelist=[500, 502, 503, 504],
             raise_on_status=False,  # the last answer says more than "too many 503"
+            respect_retry_after_header=False,  # MinIO asks for a whole minute while it starts
         ),
     )
     http.pool_classes_by_scheme = _pools(stall_timeout_seconds)
@@ -154,11 +155,7 @@ def translated(url: str, key: str = "") -> Iterator[None]:
         code = error.status_code if isinstance(error, ServerError) else error._code
         if code >= 500:
             raise _unavailable(url, f"HTTP {code}") from error
-        raise FailedPrecondition(
-            f"{url} answers, but not as an S3 store does (HTTP {code}).",
-            fix="Check the port in WEB4LORA_STORE: the console has another one.",
-            reason="NOT_S3",
-        ) from error
+        raise _not_s3(url, code) from error
     except MinioException as error:
         raise Internal(f"{url}: {error}") from error
     except HTTPError as error:
@@ -176,6 +173,15 @@ def _unavailable(url: str, why: str) -> Unavailable:
     return Unavailable(
         f"The artifact store {url} is out of reach: {why}",
         fix="Is it running? The address is in WEB4LORA_STORE. The next try goes on from what was moved.",
+        metadata={"store": url},
+    )
+
+
+def _not_s3(url: str, status: int) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"{url} answers, but not as an S3 store does (HTTP {status}).",
+        fix="Check the port in WEB4LORA_STORE: the console has another one.",
+        reason="NOT_S3",
         metadata={"store": url},
     )
 
@@ -213,6 +219,8 @@ def _s3_error(error: S3Error, url: str, key: str) -> Web4Error:
         return FailedPrecondition(
             f"The clocks of {url} and of this machine differ too much.", fix="Set the clocks."
         )
+    if code == "MethodNotAllowed":
+        return _not_s3(url, error.response.status)
     if code in _PASSING or error.response.status >= 500:
         return _unavailable(url, f"{code}: {error.message}")
     return Internal(f"The artifact store {url} answered {code} to {key}: {error.message}", reason="S3_ERROR")

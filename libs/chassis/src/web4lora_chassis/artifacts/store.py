@@ -29,6 +29,9 @@ Advance = Callable[[int], None]
 PART_PREFIX = ".part-"
 """Files whose names begin with this are being written; no reader sees them."""
 
+BUCKET_MISSING = "BUCKET_MISSING"
+"""The reason of a `NotFound` that is about the whole store, not about a key."""
+
 _MANIFEST_LIMIT_BYTES = 16 << 20
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -253,7 +256,9 @@ class ArtifactStore:
         """Return the manifest stored at an artifact's place, or None."""
         try:
             return self._read(f"{ref.prefix}/{MANIFEST_NAME}")
-        except NotFound:
+        except NotFound as error:
+            if error.reason == BUCKET_MISSING:
+                raise
             return None
 
     def _complete(self, ref: ArtifactRef) -> bool:

@@ -31,11 +31,11 @@ def changes(facts: ReportFacts, summary: VerifySummary) -> str:
     moved = [row for row in rows if row[1] != row[2]]
     when = str(before.get("measured_at") or "")[:10]
     model = fact(before, "models", "deployed", "id") or "the last model"
-    head = f"Against {model}" + (f", measured {when}" if when else "") + ". "
+    head = f"Against {model}" + (f", measured {when}" if when else "") + "."
     if fact(before, "suite", "digest") != facts.suite.digest:
-        head += "**The suite itself has changed since, so scores are not strictly comparable.** "
+        head += " **The suite itself has changed since, so scores are not strictly comparable.**"
     if not moved:
-        return f"{title}{head}Nothing moved."
+        return f"{title}{head} Nothing moved."
     lines = ["| figure | last time | now | change |", "| :-- | --: | --: | --: |"]
     lines += ["| " + " | ".join(row) + " |" for row in moved]
     same = (

@@ -86,7 +86,7 @@ def _titles(facts: ReportFacts, summary: VerifySummary, width: float, height: fl
         Text("verdict", MARGIN, 54, inner, (fit(verdict, inner, 13, bold=True),), 13, color, True, pitch=22),
     ]
     if run_id:
-        shown = fit(f"run {run_id}", inner * 0.26, 13)
+        shown = fit(str(run_id), inner * 0.26, 13)
         texts.append(
             Text("run", MARGIN + inner * 0.72, 26, inner * 0.28, (shown,), 13, "#64748b", False, "right")
         )
@@ -187,12 +187,15 @@ def _quantize(facts: ReportFacts) -> Stage:
     for quant in made[:5]:
         size, share = quant.get("size_bytes"), quant.get("size_reduction")
         text = " ".join(filter(None, [_words(size, words.size), _words(share, words.reduction)]))
-        rows.append((str(quant.get("type", "")), text))
+        if quant.get("type") != model.label:
+            rows.append((str(quant.get("type", "")), text))
     share = facts.size_reduction
     headline = words.size(model.size_bytes) if model.size_bytes else ""
     if headline and share is not None:
         headline += f"  ({words.reduction(share)})"
-    return Stage("quantize", "Quantize", _PACKAGE, _time(facts.run, "package"), headline, _known(rows))
+    package = _time(facts.run, "package")
+    time = f"package {package}" if package else ""  # of merge, GGUF and quantize together
+    return Stage("quantize", "Quantize", _PACKAGE, time, headline, _known(rows))
 
 
 def _deploy(facts: ReportFacts, summary: VerifySummary) -> Stage:
@@ -221,7 +224,8 @@ def _verify(facts: ReportFacts, summary: VerifySummary) -> Stage:
     kept = sum(gate.passed for gate in summary.gates)
     headline = words.plural(len(facts.suite.prompts), "prompt")
     if summary.gates:
-        headline += f", {kept} of {len(summary.gates)} kept"
+        headline = f"{kept} of {len(summary.gates)} limits kept"
+        rows.append(("prompts", words.number(len(facts.suite.prompts))))
     color = _PASSED if summary.passed else _FAILED
     seconds = sum(measured.result.seconds for measured in facts.models.values())
     return Stage("verify", "Verify", color, words.duration(seconds), headline, _known(rows))

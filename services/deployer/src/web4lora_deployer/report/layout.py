@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
 
 BOX_WIDTH = 258
 GAP_X = 52
@@ -127,7 +131,7 @@ def place(stage: Stage, column: int, y: float, height: float) -> Box:
     inner, left = BOX_WIDTH - 2 * PADDING, x + PADDING
     texts: list[Text] = []
     if stage.time:
-        place_of_time = (x + BOX_WIDTH - PADDING - 100, y + (HEADER_HEIGHT - ROW_PITCH) / 2, 100)
+        place_of_time = (x + BOX_WIDTH - PADDING - 124, y + (HEADER_HEIGHT - ROW_PITCH) / 2, 124)
         texts.append(Text(f"{stage.id}-time", *place_of_time, (stage.time,), color="#ffffff", align="right"))
     top = y + HEADER_HEIGHT + 9
     if stage.headline:
@@ -187,21 +191,30 @@ def fit(text: str, width: float, size: float, bold: bool = False) -> str:
     text = " ".join(text.split())
     if _width(text, size, bold) <= width:
         return text
-    for kept in range(len(text) - 1, 1, -1):
-        head = (kept + 1) // 2
-        short = f"{text[:head].rstrip()}…{text[len(text) - (kept - head) :].lstrip()}"
-        if _width(short, size, bold) <= width:
-            return short
-    return "…"
+    fits, too_long = 1, len(text)
+    while too_long - fits > 1:
+        kept = (fits + too_long) // 2
+        if _width(_without_middle(text, kept), size, bold) <= width:
+            fits = kept
+        else:
+            too_long = kept
+    return _without_middle(text, fits)
+
+
+def _without_middle(text: str, kept: int) -> str:
+    tail = kept // 2
+    return f"{text[: kept - tail].rstrip()}…{text[len(text) - tail :].lstrip()}"
+
+
+def _width(text: str, size: float, bold: bool) -> float:
+    return _font(size, bold).getlength(text)
 
 
 @cache
-def _width(text: str, size: float, bold: bool) -> float:
+def _font(size: float, bold: bool) -> FreeTypeFont:
     # Imported here: it takes a while, and only a report needs it.
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
+    from matplotlib.font_manager import FontProperties, findfont
+    from PIL import ImageFont
 
-    if not text.strip():
-        return 0.0
-    font = FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
-    return float(TextPath((0, 0), text.replace("$", r"\$"), size=size, prop=font).get_extents().x1)
+    path = findfont(FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal"))
+    return ImageFont.truetype(path, size)

@@ -14,7 +14,6 @@ from web4lora_deployer.report.eval_json import versions
 from web4lora_deployer.report.facts import Measured, ReportFacts, VerifySummary, fact
 from web4lora_deployer.suite import Answer, Core, Gate, Score, score_details
 from web4lora_deployer.suite.budgets import points
-from web4lora_deployer.suite.check import Check
 from web4lora_deployer.suite.robustness import TITLES as ROBUSTNESS_TITLES
 
 _SHOWN_FAILURES = 8
@@ -219,16 +218,23 @@ def _core_failures(facts: ReportFacts, core: Core, failed: Sequence[Answer]) -> 
         yield f"**{_plain(answer.id)}**{lost}: {_plain(prompts[answer.id].question)}"
         yield _fenced(answer.reply.text)
         yield f"Wanted:\n\n{_fenced(prompts[answer.id].reference)}"
-        yield "\n".join(f"- `{c.name}`: {_plain(c.reason)}" for c in _told(answer))
+        yield "\n".join(_told(answer))
     if len(order) > _SHOWN_FAILURES:
         yield f"… and {len(order) - _SHOWN_FAILURES} more, all in `eval.json`."
     yield "</details>"
 
 
-def _told(answer: Answer) -> list[Check]:
-    """Return the failed checks worth telling: the sum of the style rules says all that its parts do."""
-    failed = [check for check in answer.checks if not check.passed]
-    return [c for c in failed if not c.name.startswith("style.") or c.name == "style.all_rules"]
+def _told(answer: Answer) -> Iterator[str]:
+    """Tell why an answer failed, checks with the same reason together.
+
+    The reason of all style rules says all that its parts do, so these are left out.
+    """
+    names: dict[str, list[str]] = {}
+    for check in answer.checks:
+        if not check.passed and (check.name == "style.all_rules" or not check.name.startswith("style.")):
+            names.setdefault(check.reason, []).append(f"`{check.name}`")
+    for reason, checks in names.items():
+        yield f"- {', '.join(checks)}: {_plain(reason)}"
 
 
 def _method(facts: ReportFacts, measured_at: datetime) -> str:
@@ -239,7 +245,7 @@ def _method(facts: ReportFacts, measured_at: datetime) -> str:
         ["model", "name", "digest", "size", "runtime", "context", "at once", "time", "retries"], rows
     )
     lines = [
-        f"Suite `{_plain(suite.name)}` ({words.short_digest(suite.digest)}): "
+        f"Suite {_code(suite.name)} ({words.short_digest(suite.digest)}): "
         f"{words.plural(len(suite.prompts), 'prompt')}, the same for each model, each asked once through "
         f"`/v1/chat/completions`: temperature 0, seed {suite.seed}, answers cut off at "
         + ", ".join(f"{core.max_tokens} tokens ({_plain(core.name)})" for core in suite.cores)
@@ -287,13 +293,19 @@ def _speed_method(facts: ReportFacts) -> str:
 
 def _run_line(run: Mapping[str, Any]) -> str:
     run_id = fact(run, "run_id")
-    return f" Run `{_plain(str(run_id))}`." if run_id else ""
+    return f" Run {_code(str(run_id))}." if run_id else ""
 
 
 def _plain(text: str) -> str:
     """Make a text safe inside a paragraph or a table's cell: no markup, no line ends."""
     line = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
+    # An underscore within a word is no markup.
+    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
+
+
+def _code(text: str) -> str:
+    """Show a short name as code, also within a table's cell."""
+    return "`" + re.sub(r"[`|\s]+", " ", text).strip() + "`"
 
 
 def _fenced(text: str) -> str:

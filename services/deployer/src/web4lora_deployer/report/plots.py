@@ -36,7 +36,9 @@ def plot_scores(path: Path, facts: ReportFacts, summary: VerifySummary) -> None:
                 low, high = score.deployed_low_percent, score.deployed_high_percent
                 axes.plot([low, high], [row + offset] * 2, color="#0f172a", linewidth=1.2)
                 edge = max(high, value)
-            axes.text(edge + 1.2, row + offset, f"{value:.0f}", va="center", fontsize=8, color="#334155")
+            axes.text(
+                edge + 1.2, row + offset, f"{round(value, 1):g}", va="center", fontsize=8, color="#334155"
+            )
     axes.set_yticks(range(len(summary.scores)), [f"{s.title}  (n={s.prompts})" for s in summary.scores])
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
@@ -79,9 +81,9 @@ def plot_latency(path: Path, facts: ReportFacts) -> None:
     for group in (one, every):
         speed.bar_label(group, fmt="%.0f", fontsize=8)
     speed.set_title("tokens/s", fontsize=10)
-    speed.legend(frameon=False, fontsize=8)
+    speed.legend(loc="upper center", ncols=2, frameon=False, fontsize=8)
     for axes in (first, speed):
         axes.set_xticks(places, names)
-        axes.margins(y=0.18)
+        axes.margins(y=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

@@ -35,9 +35,8 @@ def write_reports(folder: Path, facts: ReportFacts) -> VerifySummary:
     write_diagram(folder / "drawio_diagram.png", facts, summary)
     data = eval_json(facts, summary, measured_at)
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    # An answer can hold half of a pair of surrogates, which UTF-8 can't write.
-    (folder / "eval.json").write_text(text, encoding="utf-8", errors="replace")
+    (folder / "eval.json").write_text(text, encoding="utf-8")
     log = eval_log(facts, summary, measured_at, plots)
-    (folder / "eval_log.md").write_text(log, encoding="utf-8", errors="replace")
+    (folder / "eval_log.md").write_text(log, encoding="utf-8")
     names = ("eval_log.md", "eval.json", "drawio_diagram.png", *plots)
     return replace(summary, files=tuple(folder / name for name in names))

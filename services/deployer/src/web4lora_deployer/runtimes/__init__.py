@@ -7,13 +7,14 @@ from types import MappingProxyType
 
 from web4lora_chassis.errors import InvalidInput
 
-from web4lora_deployer.runtimes import llama_server, ollama
+from web4lora_deployer.runtimes import docker_model_runner, llama_server, ollama
 from web4lora_deployer.runtimes.base import Runtime
 from web4lora_deployer.settings import DeployerSettings
 
 RUNTIMES: Mapping[str, Callable[[DeployerSettings], Runtime]] = MappingProxyType(
     {
         ollama.TARGET: ollama.OllamaRuntime,
+        docker_model_runner.TARGET: docker_model_runner.DockerModelRunnerRuntime,
         llama_server.TARGET: llama_server.LlamaServerRuntime,
     }
 )

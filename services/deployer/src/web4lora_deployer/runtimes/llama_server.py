@@ -119,7 +119,7 @@ class LlamaServerRuntime:
         web4lora_llamacpp.ensure_built(self._cache, report)
         running = self._status.read(deployment.id)
         if running is None or running.state is not State.SERVING:
-            _check_memory(deployment, file)
+            require_memory(deployment.id, file, deployment.context_tokens, deployment.parallel)
         self._deployments.save(deployment)
         started = time.monotonic()
 
@@ -200,16 +200,25 @@ def _wait(condition: Callable[[], T | None], seconds: float) -> T | None:
     return value
 
 
-def _check_memory(deployment: Deployment, file: Path) -> None:
-    """Refuse a model that this machine's free memory can't hold: better than a machine that swaps."""
-    cache = read_facts(file).cache_bytes(deployment.context_tokens * deployment.parallel)
-    need = deployment.size_bytes + cache + _OVERHEAD_BYTES
+def require_memory(what: str, file: Path, context_tokens: int, parallel: int) -> None:
+    """Refuse a model that this machine's free memory can't hold: better than a machine that swaps.
+
+    Args:
+        what: Names the model in the error.
+        file: The GGUF.
+        context_tokens: Context of each request.
+        parallel: Requests at once.
+
+    Raises:
+        ResourceExhausted: Memory does not suffice.
+    """
+    cache = read_facts(file).cache_bytes(context_tokens * parallel)
+    need = file.stat().st_size + cache + _OVERHEAD_BYTES
     free = psutil.virtual_memory().available
     if need > free:
         raise ResourceExhausted(
-            f"Serving {deployment.id} needs about {need / 1e9:.1f} GB, {cache / 1e9:.1f} GB of it for the "
-            f"context of {deployment.parallel} x {deployment.context_tokens} tokens; "
-            f"{free / 1e9:.1f} GB are free.",
+            f"{what} needs about {need / 1e9:.1f} GB to be served, {cache / 1e9:.1f} GB of it for a context "
+            f"of {parallel} x {context_tokens} tokens; {free / 1e9:.1f} GB are free.",
             fix="Lower context_tokens or parallel, choose a smaller quantization, or free memory.",
             reason="NOT_ENOUGH_MEMORY",
         )

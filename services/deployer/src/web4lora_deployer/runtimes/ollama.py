@@ -1,4 +1,4 @@
-"""Ollama as a runtime: the GGUF as a blob, a model made of it by JSON, its prompts compared with training's."""
+"""Ollama as a runtime: the GGUF as a blob, a model made of it, its prompts compared with training's."""
 
 from __future__ import annotations
 
@@ -62,14 +62,13 @@ class OllamaRuntime:
             raise FailedPrecondition(status.detail, reason="RUNTIME_NOT_USABLE")
         self._upload(deployment, file, report)
         facts = read_facts(file)
-        system = deployment.parameters.system
+        own = go_template(facts) if facts.chat_template else None
+        system = deployment.parameters.system or (own.system if own else "")
         self._create(deployment, GoTemplate("", system), report)
         difference = self._difference(deployment, facts, report)
-        if difference is not None:
-            own = go_template(facts)
-            if own is not None:
-                self._create(deployment, GoTemplate(own.text, system or own.system), report)
-                difference = self._difference(deployment, facts, report)
+        if difference is not None and own is not None:
+            self._create(deployment, GoTemplate(own.text, system), report)
+            difference = self._difference(deployment, facts, report)
         if difference is not None:
             raise FailedPrecondition(
                 f"Ollama would not serve {deployment.id} the prompts it was trained on: {difference}",

@@ -110,20 +110,15 @@ def verdict(gates: Sequence[Gate]) -> str:
     """Say in words how it went."""
     missed = [gate for gate in gates if not gate.passed]
     unsettled = [gate for gate in gates if not gate.settled]
-    doubt = "" if not unsettled else f"; {_count(len(unsettled))} too close for so few prompts to settle"
+    doubt = f"; so few prompts can't settle {len(unsettled)} of them" if unsettled else ""
     if not gates:
         return "measured, with no limits to keep"
     if not missed:
         return ("the one limit is kept" if len(gates) == 1 else f"all {len(gates)} limits kept") + doubt
-    names = ", ".join(gate.name for gate in missed[:2]) + (
-        f" and {len(missed) - 2} more" if missed[2:] else ""
-    )
-    head = "usable, " if all(not gate.settled for gate in missed) else "not within its limits: "
-    return f"{head}{_count(len(missed))} of {len(gates)} limits missed ({names}){doubt}"
-
-
-def _count(number: int) -> str:
-    return "one" if number == 1 else str(number)
+    names = f" ({missed[0].name})" if len(missed) == 1 else ""
+    head = "usable, " if all(not gate.settled for gate in missed) else ""
+    count = "one" if len(missed) == 1 else str(len(missed))
+    return f"{head}{count} of {len(gates)} limits missed{names}{doubt}"
 
 
 def _drop_gates(scores: Sequence[Score], budgets: Budgets) -> Iterator[Gate]:

@@ -179,6 +179,11 @@ def _event(data: bytes) -> dict[str, Any]:
     return event
 
 
+def _well_formed(text: str) -> str:
+    """Join pairs of surrogates that came in two events; half a pair becomes U+FFFD."""
+    return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+
+
 def _read_stream(events: Iterator[dict[str, Any]], started: float, max_tokens: int) -> Reply:
     pieces: list[str] = []
     finish_reason = ""
@@ -206,7 +211,7 @@ def _read_stream(events: Iterator[dict[str, Any]], started: float, max_tokens: i
     speed = float(timings.get("predicted_per_second") or 0.0)
     measured = (output_tokens - 1) / (last_at - first_at) if last_at > first_at and output_tokens > 1 else 0.0
     return Reply(
-        text="".join(pieces),
+        text=_well_formed("".join(pieces)),
         finish_reason=finish_reason,
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
         output_tokens=output_tokens,

@@ -53,8 +53,9 @@ def parse_yaml(text: str, name: str, model: type[Model]) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidInput(_line_about(dict(first), node, name, model)) from error
+        # A misspelt key is missing too; its misspelling says more.
+        errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        raise InvalidInput(_line_about(dict(errors[0]), node, name, model)) from error
 
 
 def _refuse_duplicates(node: yaml.Node, name: str) -> None:

@@ -115,11 +115,12 @@ def _parser() -> Parser:
 
 
 def _parse(text: str, expected: Mapping[str, Any], rules: StyleRules) -> _Answer:
-    stripped = text.strip()
+    # Half of a pair of surrogates is no text that could be parsed.
+    stripped = text.encode("utf-8", errors="replace").decode("utf-8").strip()
     # Also an answer with words around its block is looked at: one broken rule should not hide the others.
     fenced = re.search(r"```[^\n]*\n(.*?)(?:\n?```|\Z)", stripped, re.DOTALL)
     code = fenced.group(1) if fenced else stripped
-    root = _parser().parse(code.encode("utf-8", errors="replace")).root_node
+    root = _parser().parse(code.encode("utf-8")).root_node
     exports = [node for node in root.named_children if node.type == "export_statement"]
     classes = [
         n for e in exports if (n := _field(e, "declaration")) and n.type in _CLASSES and not _default(e)

@@ -1,0 +1,66 @@
+"""Limits and results of tests as messages of the contract; apart, since only the worker knows suites."""
+
+from __future__ import annotations
+
+from web4.lora.v1 import deployer_pb2
+from web4lora_chassis.rpc import ref_message
+
+from web4lora_deployer.suite import Budgets, Score
+from web4lora_deployer.verify import VerifyOutcome
+
+
+def budgets_of(message: deployer_pb2.Budgets) -> Budgets:
+    """Return the limits that a message holds; its absent fields take the contract's defaults."""
+    return Budgets(
+        max_score_drop_points=(
+            message.max_score_drop_points
+            if message.HasField("max_score_drop_points")
+            else Budgets().max_score_drop_points
+        ),
+        min_size_reduction=message.min_size_reduction if message.HasField("min_size_reduction") else None,
+        min_tokens_per_second=(
+            message.min_tokens_per_second if message.HasField("min_tokens_per_second") else None
+        ),
+        max_memory_bytes=message.max_memory_bytes if message.HasField("max_memory_bytes") else None,
+        min_score_percent=dict(message.min_score_percent),
+    )
+
+
+def result_message(outcome: VerifyOutcome) -> deployer_pb2.VerifyResult:
+    """Return what the tests found as a message."""
+    summary = outcome.summary
+    return deployer_pb2.VerifyResult(
+        scores=[_score(score) for score in summary.scores],
+        gates=[
+            deployer_pb2.Gate(
+                name=gate.name, limit=gate.limit, measured=gate.measured, passed=gate.passed, note=gate.note
+            )
+            for gate in summary.gates
+        ],
+        passed=summary.passed,
+        verdict=summary.verdict,
+        report=ref_message(outcome.report),
+        time_to_first_token_seconds=summary.time_to_first_token_seconds,
+        tokens_per_second=summary.tokens_per_second,
+        memory_bytes=summary.memory_bytes,
+        samples=[
+            deployer_pb2.Sample(
+                core=sample.core, prompt=sample.prompt, answer=sample.answer, passed=sample.passed
+            )
+            for sample in summary.samples
+        ],
+    )
+
+
+def _score(score: Score) -> deployer_pb2.Score:
+    return deployer_pb2.Score(
+        name=score.name,
+        title=score.title,
+        prompts=score.prompts,
+        reference_percent=score.reference_percent,
+        deployed_percent=score.deployed_percent,
+        drop_points=score.drop_points,
+        drop_low_points=score.drop_low_points,
+        drop_high_points=score.drop_high_points,
+        base_percent=score.base_percent,
+    )

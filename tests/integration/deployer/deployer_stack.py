@@ -1,0 +1,138 @@
+"""A real deployer in a process of its own, that can be killed and started again, and what asks it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import httpx
+import psutil
+from web4.lora.v1 import deployer_pb2, deployer_pb2_grpc, jobs_pb2
+from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, open_store
+from web4lora_chassis.rpc import channel, ref_message
+from web4lora_deployer.settings import DeployerSettings
+
+T = TypeVar("T")
+
+
+class Stack:
+    """A deployer process that can be killed and started again."""
+
+    def __init__(self, settings: DeployerSettings, log: Path) -> None:
+        self.settings = settings
+        self.store: ArtifactStore = open_store(settings)
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: grpc.Channel | None = None
+
+    @property
+    def api(self) -> deployer_pb2_grpc.DeployerServiceStub:
+        assert self._channel is not None
+        return deployer_pb2_grpc.DeployerServiceStub(self._channel)
+
+    def start(self) -> None:
+        settings = self.settings
+        env = {
+            **os.environ,
+            "WEB4LORA_HOME": str(settings.home),
+            "WEB4LORA_STORE": settings.store,
+            "WEB4LORA_DEPLOYER_ADDRESS": settings.deployer_address,
+            "WEB4LORA_LLAMA_SERVER_FIRST_PORT": str(settings.llama_server_first_port),
+            "WEB4LORA_OLLAMA": settings.ollama,
+            "WEB4LORA_DOCKER_MODEL_RUNNER": settings.docker_model_runner,
+        }
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "web4lora_deployer"], env=env, stdout=log, stderr=log
+            )
+        self._channel = channel(settings.deployer_address, settings)
+        grpc.channel_ready_future(self._channel).result(timeout=60)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(timeout=30)
+        self._process = self._channel = None
+
+    def put(self, gguf: Path, name: str = "demo") -> ArtifactRef:
+        return self.store.put("gguf", name, {"model.Q4_1.gguf": gguf}, link=False)
+
+    def deploy(self, ref: ArtifactRef, name: str = "demo", **how: Any) -> deployer_pb2.DeployerJob:
+        how = {"target": "llama-server", "context_tokens": 512, "parallel": 1, **how}
+        request = deployer_pb2.CreateDeployerJobRequest(
+            request_id=os.urandom(8).hex(),
+            deploy=deployer_pb2.DeploySpec(
+                name=name, gguf=ref_message(ref), deploy=deployer_pb2.DeploySettings(**how)
+            ),
+        )
+        return self.finish(self.api.CreateDeployerJob(request).job.job.id)
+
+    def finish(self, job_id: str) -> deployer_pb2.DeployerJob:
+        job = deployer_pb2.DeployerJob()
+        for snapshot in self.api.WatchDeployerJob(deployer_pb2.WatchDeployerJobRequest(id=job_id)):
+            job = snapshot.job
+        return job
+
+    def get(self, name: str) -> deployer_pb2.Deployment:
+        return self.api.GetDeployment(deployer_pb2.GetDeploymentRequest(id=name)).deployment
+
+
+def deployed(job: deployer_pb2.DeployerJob) -> deployer_pb2.Deployment:
+    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
+    return job.deploy_result.deployment
+
+
+def ask(deployment: deployer_pb2.Deployment) -> str:
+    answer = httpx.post(
+        f"{deployment.endpoint}/chat/completions",
+        json={
+            "model": deployment.model,
+            "messages": [{"role": "user", "content": "What is gravity?"}],
+            "max_tokens": 24,
+            "temperature": 0,
+        },
+        timeout=60,
+    )
+    answer.raise_for_status()
+    return str(answer.json()["choices"][0]["message"]["content"]).lower()
+
+
+def listener(deployment: deployer_pb2.Deployment) -> psutil.Process | None:
+    """Return the process that listens where a deployment answers."""
+    port = int(deployment.endpoint.rsplit(":", 1)[1].removesuffix("/v1"))
+    for connection in psutil.net_connections("tcp"):
+        if connection.laddr.port == port and connection.status == psutil.CONN_LISTEN and connection.pid:
+            return psutil.Process(connection.pid)
+    return None
+
+
+def server_of(deployment: deployer_pb2.Deployment) -> psutil.Process:
+    server = listener(deployment)
+    assert server is not None
+    return server
+
+
+def eventually(condition: Callable[[], T | None], seconds: float = 60) -> T:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (value := condition()) is not None:
+            return value
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")
+
+
+def serving(stack: Stack, name: str) -> Callable[[], deployer_pb2.Deployment | None]:
+    def look() -> deployer_pb2.Deployment | None:
+        deployment = stack.get(name)
+        return deployment if deployment.state == deployer_pb2.DEPLOYMENT_STATE_SERVING else None
+
+    return look

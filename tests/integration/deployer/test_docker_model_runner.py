@@ -1,0 +1,115 @@
+"""The deployer on the real Docker Model Runner."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+from integration.deployer.deployer_stack import Stack, ask, deployed
+from servers.fixtures import Proxy
+from servers.runtimes import model_runner
+from unit.deployer.records import record
+from web4.lora.v1 import deployer_pb2
+from web4lora_chassis.artifacts import hash_file
+from web4lora_chassis.errors import DataLoss, Unavailable
+from web4lora_deployer.deployments import Deployment
+from web4lora_deployer.runtimes.base import State
+from web4lora_deployer.runtimes.docker_model_runner import DockerModelRunnerRuntime
+from web4lora_deployer.settings import DeployerSettings
+
+__all__ = ["model_runner"]
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def settings(settings: DeployerSettings, model_runner: str) -> DeployerSettings:
+    return settings.model_copy(update={"docker_model_runner": model_runner})
+
+
+@pytest.fixture
+def runtime(settings: DeployerSettings) -> DockerModelRunnerRuntime:
+    return DockerModelRunnerRuntime(settings)
+
+
+@pytest.fixture
+def wanted(gguf: Path) -> Deployment:
+    sha256 = hash_file(gguf)
+    return record(
+        "a", id=f"demo:v{sha256[:8]}", model=f"demo:v{sha256[:8]}", sha256=sha256, target="docker",
+        size_bytes=gguf.stat().st_size, file=f"x/{gguf.name}", context_tokens=512, parallel=2,
+    )  # fmt: skip
+
+
+def test_deploy_promote_answer_and_delete(stack: Stack, gguf: Path, model_runner: str) -> None:
+    deployment = deployed(stack.deploy(stack.put(gguf), target="auto"))
+    assert deployment.target == "docker"  # "auto" takes it where Ollama is not
+    assert deployment.endpoint == f"{model_runner}/engines/v1"
+    assert "gravity" in ask(deployment)
+    candidate = httpx.get(f"{model_runner}/models/{deployment.id}").json()
+    assert candidate == httpx.get(f"{model_runner}/models/demo").json()
+    assert candidate["config"]["context_size"] == 512
+    assert stack.get("demo").state == deployer_pb2.DEPLOYMENT_STATE_SERVING
+    stack.api.DeleteDeployment(deployer_pb2.DeleteDeploymentRequest(id=deployment.id))
+    assert httpx.get(f"{model_runner}/models").json() == []
+
+
+def test_nothing_is_uploaded_twice(runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path) -> None:
+    phases: list[str] = []
+    runtime.deploy(wanted, gguf, lambda progress: phases.append(progress.phase))
+    assert "upload" in phases
+    phases.clear()
+    runtime.deploy(wanted, gguf, lambda progress: phases.append(progress.phase))
+    assert "upload" not in phases
+    runtime.delete(wanted)
+
+
+def test_the_context_is_bounded_in_the_process_that_serves(
+    runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path, model_runner: str
+) -> None:
+    runtime.deploy(wanted, gguf, lambda _: None)
+    (entry,) = httpx.get(f"{model_runner}/engines/_configure").json()
+    assert entry["Config"]["context-size"] == 1024  # two requests of 512
+    runtime.restore(wanted)  # again is no error
+    runtime.delete(wanted)
+    runtime.delete(wanted)
+    assert runtime.health(wanted).state is State.FAILED
+
+
+def test_wrong_bytes_are_named_and_nothing_is_kept(
+    runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path, model_runner: str, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    data = bytearray(gguf.read_bytes())
+    data[-1] ^= 1
+    broken.write_bytes(data)
+    with pytest.raises(DataLoss):
+        runtime.deploy(wanted, broken, lambda _: None)
+    assert httpx.get(f"{model_runner}/models").json() == []
+
+
+def test_a_connection_cut_while_uploading_is_said_and_again_finishes(
+    settings: DeployerSettings, wanted: Deployment, gguf: Path, model_runner: str, toxiproxy: str
+) -> None:
+    proxy = Proxy(toxiproxy, model_runner.removeprefix("http://"))
+    try:
+        through = settings.model_copy(update={"docker_model_runner": f"http://{proxy.address}"})
+        proxy.cut_after(20 << 20, "upstream")
+        with pytest.raises(Unavailable, match="Docker Model Runner"):
+            DockerModelRunnerRuntime(through).deploy(wanted, gguf, lambda _: None)
+        proxy.heal()
+        runtime = DockerModelRunnerRuntime(through)
+        runtime.deploy(wanted, gguf, lambda _: None)
+        assert runtime.health(replace(wanted, endpoint="x")).state is State.SERVING
+        runtime.delete(wanted)
+    finally:
+        proxy.close()
+
+
+def test_where_it_is_not_the_probe_says_what_was_tried_and_what_to_do(settings: DeployerSettings) -> None:
+    nowhere = settings.model_copy(update={"docker_model_runner": "http://127.0.0.1:1"})
+    status = DockerModelRunnerRuntime(nowhere).probe()
+    assert not status.usable
+    assert "http://127.0.0.1:1 (nothing listens there)" in status.detail
+    assert "Enable Docker Model Runner" in status.detail

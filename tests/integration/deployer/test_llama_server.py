@@ -1,0 +1,129 @@
+"""The real deployer over a real socket, with real llama-servers and a real small model."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import grpc
+import httpx
+import psutil
+import pytest
+from integration.deployer.deployer_stack import (
+    Stack,
+    ask,
+    deployed,
+    eventually,
+    listener,
+    server_of,
+    serving,
+)
+from web4.lora.v1 import deployer_pb2, jobs_pb2
+from web4lora_chassis.artifacts import ArtifactRef
+from web4lora_chassis.errors import InvalidInput, NotFound
+from web4lora_chassis.rpc import error_of
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_a_deployed_model_answers_under_its_name(stack: Stack, gguf: Path) -> None:
+    deployment = deployed(stack.deploy(stack.put(gguf)))
+    assert deployment.id.startswith("demo:v")
+    assert deployment.state == deployer_pb2.DEPLOYMENT_STATE_SERVING
+    assert "gravity" in ask(deployment)
+    assert stack.get("demo") == stack.get(deployment.id)
+    listed = stack.api.ListDeployments(deployer_pb2.ListDeploymentsRequest()).deployments
+    assert [item.id for item in listed] == [deployment.id]
+
+
+def test_deploying_the_same_again_disturbs_nothing(stack: Stack, gguf: Path) -> None:
+    ref = stack.put(gguf)
+    first = deployed(stack.deploy(ref))
+    server = server_of(first)
+    second = deployed(stack.deploy(ref))
+    assert second.endpoint == first.endpoint
+    assert server_of(second) == server
+
+
+def test_a_killed_llama_server_comes_back_on_its_port(stack: Stack, gguf: Path) -> None:
+    deployment = deployed(stack.deploy(stack.put(gguf)))
+    server = server_of(deployment)
+    server.kill()
+    psutil.wait_procs([server], timeout=10)
+    other = eventually(lambda: listener(deployment))
+    again = eventually(serving(stack, "demo"))
+    assert other != server
+    assert again.endpoint == deployment.endpoint
+    assert "gravity" in ask(again)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_restarted_service_serves_its_deployments_again(
+    stack: Stack, gguf: Path, number: signal.Signals
+) -> None:
+    deployment = deployed(stack.deploy(stack.put(gguf)))
+    server = server_of(deployment)
+    stack.stop(number)
+    eventually(lambda: None if server.is_running() else True)
+    stack.start()
+    again = eventually(serving(stack, "demo"))
+    assert again.endpoint == deployment.endpoint
+    assert "gravity" in ask(again)
+
+
+def test_a_new_candidate_takes_the_name_and_the_old_one_makes_room(
+    stack: Stack, gguf: Path, tmp_path: Path
+) -> None:
+    old = deployed(stack.deploy(stack.put(gguf)))
+    changed = tmp_path / "changed.gguf"
+    data = bytearray(gguf.read_bytes())
+    place = data.index(b"Smollm2 135M 8k Lc100K Mix1 Ep2")  # the model's own name, which nothing reads
+    data[place : place + 7] = b"Another"
+    changed.write_bytes(data)
+    new = deployed(stack.deploy(stack.put(changed)))
+    assert new.id != old.id
+    assert stack.get("demo").id == new.id
+    assert "gravity" in ask(new)
+    eventually(lambda: True if stack.get(old.id).state == deployer_pb2.DEPLOYMENT_STATE_STOPPED else None)
+    with pytest.raises(httpx.ConnectError):
+        eventually(lambda: None if ask(old) else True, seconds=10)
+    back = deployed(stack.deploy(stack.put(gguf)))
+    assert stack.get("demo").id == back.id == old.id
+
+
+def test_deleting_stops_the_server_and_frees_the_file(stack: Stack, gguf: Path) -> None:
+    deployment = deployed(stack.deploy(stack.put(gguf)))
+    server = server_of(deployment)
+    for _ in range(2):
+        stack.api.DeleteDeployment(deployer_pb2.DeleteDeploymentRequest(id=deployment.id))
+    assert not server.is_running()
+    assert not list((stack.settings.deployer_home / "models").rglob("*.gguf"))
+    with pytest.raises(grpc.RpcError) as caught:
+        stack.get("demo")
+    assert isinstance(error_of(caught.value), NotFound)
+
+
+def test_a_file_that_is_no_model_fails_with_a_reason_and_leaves_nothing(stack: Stack, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\x03\0\0\0" + b"\0" * 16)
+    job = stack.deploy(stack.put(broken))
+    assert job.job.state == jobs_pb2.JOB_STATE_FAILED
+    assert job.job.error.reason == "MODEL_NOT_SERVED"
+    assert "model.Q4_1.gguf" in job.job.error.message
+    assert not stack.api.ListDeployments(deployer_pb2.ListDeploymentsRequest()).deployments
+    assert not list((stack.settings.deployer_home / "models").rglob("*.gguf"))
+
+
+def test_the_info_names_every_runtime_and_what_was_tried(stack: Stack) -> None:
+    info = stack.api.GetDeployerInfo(deployer_pb2.GetDeployerInfoRequest())
+    found = {runtime.target: runtime for runtime in info.runtimes}
+    assert found["llama-server"].usable
+    assert found["llama-server"].version
+
+
+def test_a_spec_out_of_bounds_is_refused(stack: Stack) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        stack.deploy(ArtifactRef("gguf", "demo", "0" * 64), target="toaster")
+    error = error_of(caught.value)
+    assert isinstance(error, InvalidInput)
+    assert error.metadata["field"] == "deploy.target"

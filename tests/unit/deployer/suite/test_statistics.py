@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from web4lora_deployer.suite.statistics import (
+    Z_95,
+    paired_difference_interval,
+    prompts_to_settle,
+    tango_score,
+    wilson_interval,
+)
+
+
+def test_published_paired_interval() -> None:
+    # Bentur's data in Fagerland, Lydersen, Laake 2014, Statistics in Medicine 33:2850-2875.
+    interval = paired_difference_interval(1, 7, 21)
+    assert (interval.low, interval.high) == pytest.approx((-0.517, -0.026), abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "pairs"), [(3, 1, 40), (0, 0, 20), (5, 0, 20), (0, 4, 100), (10, 10, 20)]
+)
+def test_both_ends_are_where_the_score_test_stops_rejecting(lost: int, gained: int, pairs: int) -> None:
+    interval = paired_difference_interval(lost, gained, pairs)
+    assert interval.low <= (lost - gained) / pairs <= interval.high
+    assert tango_score(lost, gained, pairs, interval.low) == pytest.approx(Z_95, abs=1e-5)
+    assert tango_score(lost, gained, pairs, interval.high) == pytest.approx(-Z_95, abs=1e-5)
+    for difference in (interval.low, interval.high):
+        assert _score_by_search(lost, gained, pairs, difference) == pytest.approx(
+            tango_score(lost, gained, pairs, difference), abs=1e-3
+        )
+
+
+def _score_by_search(lost: int, gained: int, pairs: int, difference: float) -> float:
+    """Find the likeliest probability of a gain by search, instead of by the formula."""
+
+    def likelihood(gain: float) -> float:
+        rest = 1 - difference - 2 * gain
+        cells = ((lost, gain + difference), (gained, gain), (pairs - lost - gained, rest))
+        return sum(count * math.log(max(share, 1e-300)) for count, share in cells if count)
+
+    low, high = max(0.0, -difference), (1 - difference) / 2
+    for _ in range(200):  # the likelihood has one peak: drop the worse third again and again
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (left, high) if likelihood(left) < likelihood(right) else (low, right)
+    gain = (low + high) / 2
+    variance = pairs * (2 * gain + difference - difference**2)
+    return (lost - gained - pairs * difference) / math.sqrt(variance)
+
+
+def test_no_changed_answer_is_no_proof_of_no_drop() -> None:
+    interval = paired_difference_interval(0, 0, 20)
+    assert interval.high == pytest.approx(Z_95**2 / (20 + Z_95**2))
+    assert interval.low == pytest.approx(-interval.high)
+
+
+def test_swapping_the_models_mirrors_the_interval() -> None:
+    one, other = paired_difference_interval(6, 2, 50), paired_difference_interval(2, 6, 50)
+    assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
+
+
+def test_extremes_stay_within_bounds() -> None:
+    assert paired_difference_interval(20, 0, 20).high == 1.0
+    assert paired_difference_interval(0, 20, 20).low == -1.0
+    assert paired_difference_interval(0, 0, 0).low == -1.0
+
+
+@pytest.mark.parametrize(
+    ("passed", "prompts", "low", "high"),
+    [
+        # Newcombe 1998, Statistics in Medicine 17:857-872, table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_published_wilson_intervals(passed: int, prompts: int, low: float, high: float) -> None:
+    interval = wilson_interval(passed, prompts)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_prompts_to_settle_is_the_smallest_number_that_does() -> None:
+    needed = prompts_to_settle(0.02)
+    assert needed == 189
+    assert paired_difference_interval(0, 0, needed).high <= 0.02
+    assert paired_difference_interval(0, 0, needed - 1).high > 0.02

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+from unit.deployer.records import record
+from web4lora_chassis.errors import NotFound
+from web4lora_deployer.deployments import Deployments
+
+
+@pytest.fixture
+def deployments(tmp_path: Path) -> Deployments:
+    return Deployments(tmp_path)
+
+
+def test_a_record_comes_back_as_it_was(deployments: Deployments) -> None:
+    saved = record("a", loaded=False, endpoint="http://127.0.0.1:1/v1")
+    deployments.save(saved)
+    assert deployments.get(saved.id) == saved
+    assert deployments.list() == [saved]
+
+
+def test_the_newest_comes_first(deployments: Deployments) -> None:
+    for digit, created_at in (("a", 1.0), ("b", 3.0), ("c", 2.0)):
+        deployments.save(record(digit, created_at=created_at))
+    assert [item.id[-1] for item in deployments.list()] == ["b", "c", "a"]
+
+
+def test_a_name_stands_for_what_was_promoted_not_for_the_newest(deployments: Deployments) -> None:
+    old, new = record("a", created_at=1.0), record("b", created_at=2.0)
+    for item in (old, new):
+        deployments.save(item)
+    assert deployments.find("demo") == new  # nothing was promoted yet
+    deployments.promote(old)
+    assert deployments.find("demo") == old
+
+
+def test_a_name_remembers_who_served_before_newest_first(deployments: Deployments) -> None:
+    for digit in "abc":
+        deployments.save(record(digit))
+        deployments.promote(record(digit))
+    name = deployments.promote(record("a"))
+    assert (name.current[-1], [item[-1] for item in name.previous]) == ("a", ["c", "b"])
+    assert deployments.promote(record("a")) == name  # again changes nothing
+
+
+def test_what_is_removed_leaves_its_name_and_its_file(deployments: Deployments) -> None:
+    kept = record("b", file=record("a").file)
+    for item in (record("a"), kept):
+        deployments.save(item)
+        deployments.promote(item)
+    file = deployments.path(kept)
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    deployments.remove(record("a"))
+    name = deployments.name("demo")
+    assert name is not None
+    assert name.previous == ()
+    assert file.exists()  # the other one serves it
+    deployments.remove(kept)
+    assert deployments.name("demo") is None
+    assert not file.parent.exists()
+    deployments.remove(kept)  # again is no error
+
+
+@pytest.mark.parametrize("name", ["demo", "demo:vaaaaaaaa", "../../etc/passwd", "..:vaaaaaaaa", ""])
+def test_what_is_not_there_is_not_found(deployments: Deployments, name: str) -> None:
+    with pytest.raises(NotFound):
+        deployments.find(name)

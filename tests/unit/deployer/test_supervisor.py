@@ -1,0 +1,208 @@
+"""The supervisor with real processes: a small program stands in for llama-server's, not for ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from unit.deployer.records import record
+from web4lora_chassis.settings import load
+from web4lora_deployer.deployments import Deployment, Deployments
+from web4lora_deployer.runtimes.base import State
+from web4lora_deployer.runtimes.llama_server import LlamaServerRuntime, ServerStatus, StatusFiles
+from web4lora_deployer.settings import DeployerSettings
+from web4lora_deployer.supervisor import Supervisor
+
+PROGRAM = """#!{python}
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+if "--version" in sys.argv:
+    sys.exit(print("version: 1 (0123abc)"))
+if open(sys.argv[sys.argv.index("--model") + 1]).read() == "broken":
+    sys.exit("error loading model: it is broken")
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+server = HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler)
+print(f"listening on http://127.0.0.1:{{server.server_port}}", flush=True)
+server.serve_forever()
+"""
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeployerSettings:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("llama-quantize", "llama-server", "llama-perplexity", "llama-imatrix", "llama-bench"):
+        (tools / name).write_text(PROGRAM.format(python=sys.executable))
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("WEB4LORA_LLAMA_CPP", str(tools))
+    return load(DeployerSettings, home=tmp_path / "home", llama_server_first_port=free_port())
+
+
+@pytest.fixture
+def deployments(settings: DeployerSettings) -> Deployments:
+    return Deployments(settings.deployer_home)
+
+
+@pytest.fixture
+def status(settings: DeployerSettings) -> StatusFiles:
+    return StatusFiles(settings.deployer_home)
+
+
+@pytest.fixture
+def supervisor(settings: DeployerSettings) -> Iterator[Supervisor]:
+    supervisor = Supervisor(settings)
+    supervisor.start()
+    yield supervisor
+    supervisor.stop()
+
+
+def wish(deployments: Deployments, digit: str = "a", content: str = "fine") -> Deployment:
+    wanted = record(digit)
+    deployments.path(wanted).parent.mkdir()
+    deployments.path(wanted).write_text(content)
+    deployments.save(wanted)
+    return wanted
+
+
+def until(
+    status: StatusFiles, wanted: Deployment, condition: Callable[[ServerStatus], bool], seconds: float = 30
+) -> ServerStatus:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = status.read(wanted.id)
+        if found is not None and found.generation == wanted.generation and condition(found):
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"it did not happen: {status.read(wanted.id)}")
+
+
+def is_serving(found: ServerStatus) -> bool:
+    return found.state is State.SERVING
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_what_is_wished_for_is_served(deployments: Deployments, status: StatusFiles) -> None:
+    found = until(status, wish(deployments), is_serving)
+    assert httpx.get(found.endpoint.removesuffix("/v1") + "/health", trust_env=False).status_code == 200
+    assert found.version == "1 (0123abc)"
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_a_server_that_dies_comes_back_on_its_port(deployments: Deployments, status: StatusFiles) -> None:
+    wanted = wish(deployments)
+    before = until(status, wanted, is_serving)
+    os.kill(before.pid, signal.SIGKILL)
+    after = until(status, wanted, lambda found: is_serving(found) and found.pid != before.pid)
+    assert after.port == before.port
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_a_server_that_can_not_start_says_why_and_is_tried_again_later_and_later(
+    deployments: Deployments, status: StatusFiles
+) -> None:
+    wanted = wish(deployments, content="broken")
+    first = until(status, wanted, lambda found: found.failures == 1)
+    assert first.state is State.FAILED
+    assert "it is broken" in first.detail
+    assert first.detail.endswith("in 0.5 s")
+    second = until(status, wanted, lambda found: found.failures == 2)
+    assert second.detail.endswith("in 1 s")
+    deployments.path(wanted).write_text("fine")
+    assert until(status, wanted, is_serving).failures == 0
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_two_deployments_have_two_ports_and_one_taken_by_others_is_left_alone(
+    deployments: Deployments, status: StatusFiles, settings: DeployerSettings
+) -> None:
+    with contextlib.closing(socket.socket()) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", settings.llama_server_first_port))
+        other.listen()
+        ports = {until(status, wish(deployments, digit), is_serving).port for digit in "ab"}
+    assert len(ports) == 2
+    assert settings.llama_server_first_port not in ports
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_other_settings_mean_another_server(deployments: Deployments, status: StatusFiles) -> None:
+    wanted = wish(deployments)
+    before = until(status, wanted, is_serving)
+    changed = replace(wanted, generation="g2", context_tokens=512)
+    deployments.save(changed)
+    after = until(status, changed, is_serving)
+    command = psutil.Process(after.pid).cmdline()
+    assert command[command.index("--ctx-size") + 1] == str(512 * wanted.parallel)
+    assert not psutil.pid_exists(before.pid)
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_what_is_kept_for_a_rollback_is_stopped_and_comes_back(
+    deployments: Deployments, status: StatusFiles
+) -> None:
+    wanted = wish(deployments)
+    before = until(status, wanted, is_serving)
+    deployments.save(replace(wanted, loaded=False))
+    until(status, wanted, lambda found: found.state is State.STOPPED)
+    assert not psutil.pid_exists(before.pid)
+    deployments.save(wanted)
+    assert until(status, wanted, is_serving).port == before.port
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_deleting_stops_the_server_and_forgets_it(
+    deployments: Deployments, status: StatusFiles, settings: DeployerSettings
+) -> None:
+    wanted = wish(deployments)
+    before = until(status, wanted, is_serving)
+    LlamaServerRuntime(settings).delete(wanted)
+    assert not psutil.pid_exists(before.pid)
+    assert status.ids() == []
+    LlamaServerRuntime(settings).delete(wanted)  # again is no error
+
+
+def test_a_stopped_supervisor_leaves_no_process_and_a_new_one_goes_on(
+    deployments: Deployments, status: StatusFiles, settings: DeployerSettings
+) -> None:
+    wanted = wish(deployments)
+    first = Supervisor(settings)
+    first.start()
+    before = until(status, wanted, is_serving)
+    first.stop()
+    assert not psutil.pid_exists(before.pid)
+    second = Supervisor(settings)
+    second.start()
+    try:
+        assert until(status, wanted, is_serving).port == before.port
+    finally:
+        second.stop()
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_a_record_that_cannot_be_read_does_not_end_the_care_for_others(
+    deployments: Deployments, status: StatusFiles, settings: DeployerSettings
+) -> None:
+    broken = settings.deployer_home / "deployments" / "x@v00000000.json"
+    broken.write_text("{")
+    until(status, wish(deployments), is_serving)

@@ -1,0 +1,111 @@
+"""GGUF headers and what is refused of them, quantization's inputs, the choice of the 16-bit type."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from web4lora_chassis.errors import DataLoss, InvalidInput
+from web4lora_packager.chat_template import Tokenizer
+from web4lora_packager.check import check_header
+from web4lora_packager.convert import choose_type
+from web4lora_packager.gguf_file import read_header
+from web4lora_packager.quantize import calibration_text
+
+TOKENIZER = Tokenizer("T", {"<s>": 1, "</s>": 2}, {"bos_token": "<s>", "eos_token": "</s>"}, (2,))
+
+
+def _write(path: Path, *, template: str = "T", eos: int = 2) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(2048)
+    writer.add_chat_template(template)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(eos)
+    writer.add_tensor("a", np.ones((4, 32), np.float16))
+    writer.add_tensor("b", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_header(tmp_path: Path) -> None:
+    header = read_header(_write(tmp_path / "m.gguf"))
+    assert (header.architecture, header.tensors, header.parameters) == ("llama", 2, 160)
+    assert header.weight_bytes == 4 * 32 * 2 + 32 * 4
+    assert header.bits_per_weight == pytest.approx(8 * header.weight_bytes / 160)
+    assert (header.bos_id, header.eos_id, header.context_tokens, header.chat_template) == (1, 2, 2048, "T")
+    check_header(header, TOKENIZER, None, "m.gguf")
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", b"GGUF" + b"\0" * 4])
+def test_what_is_no_gguf_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "bad.gguf").write_bytes(data)
+    with pytest.raises(DataLoss, match=r"bad\.gguf"):
+        read_header(tmp_path / "bad.gguf")
+
+
+def test_another_chat_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataLoss, match="chat template"):
+        check_header(read_header(_write(tmp_path / "m.gguf", template="T\n")), TOKENIZER, None, "m.gguf")
+
+
+def test_another_end_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataLoss, match="eos_token has the id 7"):
+        check_header(read_header(_write(tmp_path / "m.gguf", eos=7)), TOKENIZER, None, "m.gguf")
+
+
+def test_a_quant_with_other_tensors_is_refused(tmp_path: Path) -> None:
+    header = read_header(_write(tmp_path / "m.gguf"))
+    check_header(header, TOKENIZER, header, "m.gguf")
+    with pytest.raises(DataLoss, match="2 tensors"):
+        check_header(header, TOKENIZER, replace(header, tensors=3), "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("asked", "largest", "chosen"),
+    [
+        ("auto", 9.25, "F16"),
+        ("auto", 65504.0, "F16"),
+        ("auto", 65536.0, "BF16"),
+        ("F16", 1e6, "F16"),
+        ("BF16", 1.0, "BF16"),
+    ],
+)
+def test_the_16_bit_type(asked: str, largest: float, chosen: str) -> None:
+    assert choose_type(asked, largest) == chosen
+
+
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+
+
+def _rows(path: Path, *texts: str) -> Path:
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return path
+
+
+def test_calibration_takes_rows_of_all_files_in_turn(tmp_path: Path) -> None:
+    tokenizer = replace(TOKENIZER, chat_template=CHATML)
+    files = [_rows(tmp_path / "a.jsonl", "1", "2", "3"), _rows(tmp_path / "b.jsonl", "x")]
+    assert calibration_text(tokenizer, files) == "<user>1</><user>x</><user>2</><user>3</>"
+
+
+def test_calibration_is_bounded(tmp_path: Path) -> None:
+    text = calibration_text(
+        replace(TOKENIZER, chat_template=CHATML), [_rows(tmp_path / "a.jsonl", *["y" * 100_000] * 30)]
+    )
+    assert 1 << 20 <= len(text) < (1 << 20) + 100_100
+
+
+def test_calibration_needs_rows(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="no training rows"):
+        calibration_text(TOKENIZER, [])
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(InvalidInput, match=r"bad\.jsonl:1"):
+        calibration_text(TOKENIZER, [tmp_path / "bad.jsonl"])

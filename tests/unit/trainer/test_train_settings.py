@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from web4.lora.v1 import trainer_pb2
+from web4lora_chassis.errors import InvalidInput
+from web4lora_trainer.specs import check, settings_of
+from web4lora_trainer.train_settings import LoraSettings, LossBand, TrainSettings
+
+DIGEST = "a" * 64
+
+
+def test_absent_fields_take_the_contracts_defaults() -> None:
+    settings = settings_of(trainer_pb2.TrainSettings())
+    assert settings == TrainSettings()
+    assert settings.lora == LoraSettings(16, 0.0, 0.0, ("q_proj", "k_proj", "v_proj", "o_proj"), 0)
+    assert settings.lora.scale_numerator == 32
+    assert settings.loss_band == LossBand(0.6, 1.0)
+    assert (settings.epochs, settings.learning_rate, settings.schedule, settings.seed) == (
+        1,
+        2e-4,
+        "cosine",
+        17,
+    )
+    assert settings.batch_tokens("cpu") == 512
+    assert settings.batch_tokens("mps") == 4096
+
+
+def test_every_field_of_the_contract_is_taken() -> None:
+    message = trainer_pb2.TrainSettings(
+        lora=trainer_pb2.LoraSettings(
+            rank=4, alpha=6, dropout=0.1, target_modules=["up_proj"], last_layers=3
+        ),
+        epochs=2.5,
+        max_steps=7,
+        learning_rate=1e-3,
+        schedule="linear",
+        warmup_ratio=0.1,
+        max_length_tokens=99,
+        tokens_per_batch=64,
+        gradient_accumulation=2,
+        gradient_checkpointing="on",
+        dtype="fp32",
+        seed=(1 << 32) - 1,
+        checkpoint_steps=5,
+        held_out_evaluations=2,
+        loss_band=trainer_pb2.LossBand(low=0.1, high=0.5),
+        write_bin=False,
+        max_grad_norm=0.5,
+    )
+    assert settings_of(message) == TrainSettings(
+        lora=LoraSettings(4, 6.0, 0.1, ("up_proj",), 3),
+        epochs=2.5,
+        max_steps=7,
+        learning_rate=1e-3,
+        schedule="linear",
+        warmup_ratio=0.1,
+        max_length_tokens=99,
+        tokens_per_batch=64,
+        gradient_accumulation=2,
+        gradient_checkpointing="on",
+        dtype="fp32",
+        seed=(1 << 32) - 1,
+        checkpoint_steps=5,
+        held_out_evaluations=2,
+        loss_band=LossBand(0.1, 0.5),
+        write_bin=False,
+        max_grad_norm=0.5,
+    )
+    fields = {field.name for field in message.DESCRIPTOR.fields}
+    assert fields == set(TrainSettings.__dataclass_fields__), "a field of the contract is not read"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0.0), ("epochs", float("nan")), ("learning_rate", -1.0), ("learning_rate", float("inf")),
+        ("schedule", "step"), ("dtype", "int4"), ("gradient_checkpointing", "maybe"), ("warmup_ratio", 1.5),
+        ("tokens_per_batch", -1), ("gradient_accumulation", 0), ("max_length_tokens", 1), ("seed", -1),
+    ],
+)  # fmt: skip
+def test_values_out_of_bounds_are_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        settings_of(trainer_pb2.TrainSettings(**{field: value}))
+    assert caught.value.metadata["field"] == field
+
+
+def test_the_loss_band_and_module_names_are_checked() -> None:
+    with pytest.raises(InvalidInput, match=r"loss_band\.low"):
+        settings_of(trainer_pb2.TrainSettings(loss_band=trainer_pb2.LossBand(low=2, high=1)))
+    with pytest.raises(InvalidInput, match="target_modules"):
+        settings_of(trainer_pb2.TrainSettings(lora=trainer_pb2.LoraSettings(target_modules=["../x"])))
+
+
+def test_want_of_memory_halves_the_batch_and_keeps_the_update() -> None:
+    settings = TrainSettings(tokens_per_batch=512, gradient_accumulation=3)
+    less = settings.after_memory_failures(2, "cpu")
+    assert (less.tokens_per_batch, less.gradient_accumulation) == (128, 12)
+    assert settings.after_memory_failures(0, "cpu") == settings
+
+
+def ref(kind: str) -> Any:
+    from web4.lora.v1 import artifacts_pb2
+
+    return artifacts_pb2.ArtifactRef(
+        kind=artifacts_pb2.ArtifactKind.Value(f"ARTIFACT_KIND_{kind}"), name="x", digest=DIGEST
+    )
+
+
+def test_specs_are_refused_before_a_job_is_accepted() -> None:
+    base = trainer_pb2.BaseModelSpec(model="smollm2-135m-instruct")
+    check("prepare", trainer_pb2.PrepareSpec(dataset=ref("DATASET"), base=base))
+    check("train", trainer_pb2.TrainSpec(name="a", dataset=ref("DATASET"), base=ref("BASE_MODEL")))
+    for bad in (
+        trainer_pb2.PrepareSpec(dataset=ref("DATASET")),
+        trainer_pb2.PrepareSpec(base=base),
+        trainer_pb2.PrepareSpec(dataset=ref("GGUF"), base=base),
+        trainer_pb2.TrainSpec(name="a", dataset=ref("DATASET"), base=ref("DATASET")),
+        trainer_pb2.TrainSpec(name="../a", dataset=ref("DATASET"), base=ref("BASE_MODEL")),
+    ):
+        with pytest.raises(InvalidInput):
+            check("", bad)
