@@ -13,8 +13,9 @@ from web4lora_chassis.settings import PREFIX, Settings
 sys.path.insert(0, str(Path(__file__).parent))  # for `servers`
 
 from servers.fixtures import NOT_BUILT, bucket, minio, minio_proxy, toxiproxy
+from servers.llama_cpp import llama_cpp
 
-__all__ = ["bucket", "minio", "minio_proxy", "toxiproxy"]
+__all__ = ["bucket", "llama_cpp", "minio", "minio_proxy", "toxiproxy"]
 
 
 @pytest.fixture(autouse=True)

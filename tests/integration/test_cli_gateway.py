@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 from web4.lora.v1 import gateway_pb2
 from web4lora import Client
+from web4lora.main import main
 from web4lora_chassis.artifacts import ArtifactRef
 from web4lora_chassis.errors import InvalidInput, NotFound, Unavailable
 from web4lora_chassis.settings import Settings
@@ -35,6 +38,14 @@ base: {model: smollm2-135m-instruct}
 train:
   epochs: 1
 """
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
 
 
 class Desk:
@@ -56,14 +67,40 @@ class Desk:
     def command(self) -> list[str]:
         return [sys.executable, "-m", "web4lora"]
 
-    def run(self, *words: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, code: int = 0, stdin: str = "") -> Done:
+        """Run the command in this process, which is much faster than in one of its own."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.root)
+            patch.setattr(sys, "argv", ["web4lora", *words])
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            for name in [name for name in os.environ if name.startswith("WEB4LORA_")]:
+                patch.delenv(name)
+            for name, value in self.env.items():
+                patch.setenv(name, value)
+            out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8")
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", err)
+            try:
+                main()
+                status = 0
+            except SystemExit as end:
+                status = int(end.code or 0)
+        texts = []
+        for stream in (out, err):
+            stream.flush()
+            texts.append(stream.buffer.getvalue().decode("utf-8"))  # type: ignore[attr-defined]
+        assert status == code, "".join(texts)
+        return Done(*texts)
+
+    def spawn(self, *words: str, code: int = 0) -> Done:
+        """Run the command as people do."""
         done = subprocess.run(
-            [*self.command, *words], cwd=self.root, env=self.env, input=stdin, capture_output=True, text=True,
-            timeout=100, check=False,
+            [*self.command, *words], cwd=self.root, env=self.env, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=100, check=False,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
-        return done
+        return Done(done.stdout, done.stderr)
 
 
 @pytest.fixture
@@ -75,7 +112,7 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 
 
 def test_a_run_on_a_pipe_is_told_line_by_line(desk: Desk) -> None:
-    done = desk.run("run", "demo.yaml", "--set", "train.epochs=2")
+    done = desk.spawn("run", "demo.yaml", "--set", "train.epochs=2")
     assert "\x1b" not in done.stdout
     rows = done.stdout.splitlines()
     assert rows[0] == f"{RUN_ID} · web4-demo from smollm2-135m-instruct"
@@ -92,7 +129,7 @@ def test_a_run_on_a_pipe_is_told_line_by_line(desk: Desk) -> None:
 
 def test_a_failing_stage_says_why_what_to_do_and_where_the_log_is(desk: Desk) -> None:
     desk.gateway.fail_in = "TRAIN"
-    done = desk.run("run", "demo.yaml", code=1)
+    done = desk.spawn("run", "demo.yaml", code=1)
     assert "Training needs about 21 GB, this machine has 16 GB free.   ✗" in done.stdout
     assert "`tokens_per_batch: 512` needs 17 GB." in done.stdout
     assert "log: /var/log/job.txt" in done.stdout
@@ -475,7 +512,7 @@ def test_datasets_are_checked_and_good_rows_kept(desk: Desk) -> None:
 
 
 def test_usage_errors_and_versions(desk: Desk) -> None:
-    assert desk.run("--version").stdout == "web4lora 0.1.0\n"
-    desk.run("nonsense", code=2)
+    assert desk.spawn("--version").stdout == "web4lora 0.1.0\n"
+    desk.spawn("nonsense", code=2)
     desk.run("run", code=2)
     assert "web4lora run examples/web4/demo.yaml" in desk.run("run", "--help").stdout

@@ -226,12 +226,11 @@ def test_prepare_and_train_give_an_adapter_in_the_store(
             service, "train", train=trainer_pb2.TrainSpec(name="other", dataset=dataset, base=prepared.base)
         )
     assert isinstance(error_of(caught.value), AlreadyExists)
+    bad = trainer_pb2.TrainSpec(
+        name="a", dataset=dataset, base=prepared.base, train=trainer_pb2.TrainSettings(learning_rate=-1)
+    )
     with pytest.raises(grpc.RpcError) as caught:
-        bad = trainer_pb2.TrainSettings(learning_rate=-1)
-        create(
-            service, "bad",
-            train=trainer_pb2.TrainSpec(name="a", dataset=dataset, base=prepared.base, train=bad),
-        )  # fmt: skip
+        create(service, "bad", train=bad)
     refused = error_of(caught.value)
     assert isinstance(refused, InvalidInput)
     assert refused.metadata["field"] == "learning_rate"

@@ -1,4 +1,4 @@
-"""The real Ollama and the real Docker Model Runner, on free loopback ports, with our llama.cpp beside them."""
+"""The real Ollama and Docker Model Runner, on free loopback ports, with our llama.cpp beside them."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ _CALL_SECONDS = 2.0
 _POLL_SECONDS = 0.1
 _SAME_START_SECONDS = 2.0
 _LOG_LIMIT_BYTES = 16 << 20
+_LOG_TAIL_BYTES = 4096
 
 Report = Callable[[str, str], None]
 """Called with a service's name and what became of it: "started", "already up", "stopped", "not running"."""
@@ -226,7 +227,7 @@ class Stack:
                 return
             if self.process(each) is None:
                 raise FailedPrecondition(
-                    f"The {each.name} ended as soon as it was started: {_last_line(each.log_file)}",
+                    f"The {each.name} ended as soon as it was started: {_last_words(each.log_file)}",
                     fix=f"Its log has the details: {each.log_file}",
                     reason="SERVICE_DIED",
                 )
@@ -310,13 +311,17 @@ def _listener(address: str) -> str:
     return "another program"
 
 
-def _last_line(log_file: Path) -> str:
+def _last_words(log_file: Path) -> str:
+    """Return a log's last line, with the line above that an indented one belongs to."""
     with contextlib.suppress(OSError):
         with log_file.open("rb") as file:
-            file.seek(max(0, log_file.stat().st_size - 4096))
-            lines = [
-                line for line in file.read().decode("utf-8", errors="replace").splitlines() if line.strip()
-            ]
-        if lines:
-            return lines[-1].strip()
+            file.seek(max(0, log_file.stat().st_size - _LOG_TAIL_BYTES))
+            rows = [row for row in file.read().decode("utf-8", errors="replace").splitlines() if row.strip()]
+        words: list[str] = []
+        for row in reversed(rows):
+            words.insert(0, row.strip())
+            if not row[0].isspace():
+                break
+        if words:
+            return " ".join(words)
     return "it said nothing."

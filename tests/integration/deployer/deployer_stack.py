@@ -97,10 +97,10 @@ def ask(deployment: deployer_pb2.Deployment) -> str:
         json={
             "model": deployment.model,
             "messages": [{"role": "user", "content": "What is gravity?"}],
-            "max_tokens": 24,
+            "max_tokens": 6,
             "temperature": 0,
         },
-        timeout=60,
+        timeout=240,
     )
     answer.raise_for_status()
     return str(answer.json()["choices"][0]["message"]["content"]).lower()

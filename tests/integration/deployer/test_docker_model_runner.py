@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def wanted(gguf: Path) -> Deployment:
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _emptied(model_runner: str) -> Iterator[None]:
+    """Leave nothing to the next test."""
+    yield
+    for model in httpx.get(f"{model_runner}/models").json():
+        httpx.delete(f"{model_runner}/models/{model['id']}", params={"force": "true"})
+
+
 def test_deploy_promote_answer_and_delete(stack: Stack, gguf: Path, model_runner: str) -> None:
     deployment = deployed(stack.deploy(stack.put(gguf), target="auto"))
     assert deployment.target == "docker"  # "auto" takes it where Ollama is not
@@ -65,11 +74,12 @@ def test_nothing_is_uploaded_twice(runtime: DockerModelRunnerRuntime, wanted: De
     runtime.delete(wanted)
 
 
-def test_the_context_is_bounded_in_the_process_that_serves(
+def test_the_context_is_bounded(
     runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path, model_runner: str
 ) -> None:
     runtime.deploy(wanted, gguf, lambda _: None)
-    (entry,) = httpx.get(f"{model_runner}/engines/_configure").json()
+    entry = httpx.get(f"{model_runner}/engines/_configure").json()[-1]
+    assert entry["ModelID"] == httpx.get(f"{model_runner}/models/{wanted.id}").json()["id"]
     assert entry["Config"]["context-size"] == 1024  # two requests of 512
     runtime.restore(wanted)  # again is no error
     runtime.delete(wanted)

@@ -11,14 +11,14 @@ from threading import Thread
 
 import httpx
 import pytest
-from integration.deployer.deployer_stack import Stack, ask, deployed
+from integration.deployer.deployer_stack import Stack, ask, deployed, server_of
 from servers.fixtures import Proxy
 from servers.runtimes import ollama
 from unit.deployer.records import record
 from web4.lora.v1 import deployer_pb2, jobs_pb2
 from web4lora_chassis.artifacts import hash_file
 from web4lora_chassis.errors import DataLoss, FailedPrecondition, Unavailable
-from web4lora_deployer.deployments import Deployment, Parameters
+from web4lora_deployer.deployments import Deployment
 from web4lora_deployer.gguf_file import read_facts
 from web4lora_deployer.runtimes.base import State
 from web4lora_deployer.runtimes.ollama import OllamaRuntime
@@ -54,7 +54,8 @@ def other_template(gguf: Path, tmp_path: Path) -> Path:
     """The same model with a chat template that Ollama knows nothing like, and a default system message."""
     template = (
         "{% if messages[0].role != 'system' %}{{ 'Be \"kind\".\n' }}{% endif %}{% for m in messages %}"
-        "{% if m.role == 'system' %}{{ m.content + '\n' }}{% elif m.role == 'user' %}{{ '### Ask {{x}}:\n' + m.content }}"
+        "{% if m.role == 'system' %}{{ m.content + '\n' }}"
+        "{% elif m.role == 'user' %}{{ '### Ask {{x}}:\n' + m.content }}"
         "{% else %}{{ '\n### Say:\n' + m.content + '\n' }}{% endif %}{% endfor %}{{ '\n### Say:\n' }}"
     )
     old = read_facts(gguf).chat_template.encode()
@@ -75,6 +76,20 @@ def test_deploy_promote_answer_and_delete(stack: Stack, gguf: Path, ollama: str)
     assert stack.get("demo").state == deployer_pb2.DEPLOYMENT_STATE_SERVING
     stack.api.DeleteDeployment(deployer_pb2.DeleteDeploymentRequest(id=deployment.id))
     assert api.digest("demo") == api.digest(deployment.id) == ""
+
+
+def test_another_target_takes_over_and_the_old_one_lets_go(stack: Stack, gguf: Path, ollama: str) -> None:
+    ref = stack.put(gguf)
+    first = deployed(stack.deploy(ref, target="llama-server"))
+    server = server_of(first)
+    second = deployed(stack.deploy(ref, target="ollama"))
+    assert second.id == first.id
+    assert not server.is_running()
+    assert stack.get("demo").target == "ollama"
+    back = deployed(stack.deploy(ref, target="llama-server"))
+    assert stack.get("demo").endpoint == back.endpoint
+    assert OllamaApi(ollama).digest("demo") == OllamaApi(ollama).digest(first.id) == ""
+    assert "gravity" in ask(back)
 
 
 def test_a_model_that_someone_else_removed_says_so(stack: Stack, gguf: Path, ollama: str) -> None:
@@ -108,11 +123,18 @@ def test_an_unknown_template_is_rendered_as_trained(
     runtime.delete(deployment)
 
 
-def test_nothing_is_uploaded_twice(runtime: OllamaRuntime, gguf: Path) -> None:
+def test_nothing_is_uploaded_twice(
+    runtime: OllamaRuntime, settings: DeployerSettings, ollama: str, toxiproxy: str, gguf: Path
+) -> None:
     deployment = wanted(gguf)
     runtime.deploy(deployment, gguf, lambda _: None)
-    runtime.deploy(deployment, Path("/nowhere/") if False else gguf, lambda _: None)
-    assert runtime.health(deployment).state is State.SERVING
+    proxy = Proxy(toxiproxy, ollama.removeprefix("http://"))
+    try:
+        through = settings.model_copy(update={"ollama": f"http://{proxy.address}"})
+        OllamaRuntime(through).deploy(deployment, gguf, lambda _: None)
+        assert proxy.received_bytes() < 1 << 20
+    finally:
+        proxy.close()
     runtime.delete(deployment)
 
 
@@ -134,11 +156,11 @@ def test_wrong_bytes_are_named(runtime: OllamaRuntime, gguf: Path, tmp_path: Pat
         runtime.deploy(replace(wanted(short), sha256="1" * 64), short, lambda _: None)
 
 
-def test_a_file_that_is_no_model_is_refused_inside_the_stream(runtime: OllamaRuntime, tmp_path: Path) -> None:
-    file = tmp_path / "text.gguf"
-    file.write_bytes(b"GGUF" + b"\3\0\0\0" + bytes(16))
-    with pytest.raises(FailedPrecondition):
-        runtime.deploy(wanted(file, parameters=Parameters()), file, lambda _: None)
+def test_an_error_inside_a_stream_that_began_well_is_found(ollama: str) -> None:
+    body = {"model": "demo:v11111111", "files": {"x.gguf": f"sha256:{'1' * 64}"}}
+    with pytest.raises(FailedPrecondition, match="no such file"):
+        OllamaApi(ollama).create(body, lambda _: None)
+    assert OllamaApi(ollama).digest("demo:v11111111") == ""
 
 
 def test_a_connection_cut_while_uploading_is_said_and_again_finishes(

@@ -61,6 +61,7 @@ def test_a_stopped_gateway_leaves_the_run_at_work(stack, stage):
     stack.start("gateway")
     assert stack.finish(run.id).state == gateway_pb2.RUN_STATE_SUCCEEDED
     assert "Traceback" not in stack.log
+    assert "dbos" not in stack.log
 
 
 def test_a_worker_that_is_down_is_waited_for(stack, stage):

@@ -141,9 +141,9 @@ def _checked(names: list[str] | None) -> tuple[str, ...]:
 
 def _stay(stack: Stack, started: list[str]) -> None:
     """Wait until Ctrl-C or until a service ends, then stop what was started here."""
-    line("  Ctrl-C stops them.")
     watched = [each for each in stack.services if each.name in started]
     try:
+        line("  Ctrl-C stops them.")
         while True:
             time.sleep(_LOOK_SECONDS)
             for each in watched:

@@ -21,7 +21,7 @@ from web4lora_deployer import names
 from web4lora_deployer.deployments import Deployment, Deployments, Parameters
 from web4lora_deployer.gguf_file import read_facts
 from web4lora_deployer.runtimes import AUTO, choose, open_runtime
-from web4lora_deployer.runtimes.base import Deployed, Report, Runtime
+from web4lora_deployer.runtimes.base import Deployed, Report, Runtime, State
 from web4lora_deployer.settings import DeployerSettings
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,9 @@ def deploy(
     wanted = _fetch(request, runtime.target, deployments, store, work_dir, report)
     before = _existing(deployments, wanted.id)
     if before is not None and _same(before, wanted):
-        wanted = replace(wanted, generation=before.generation, created_at=before.created_at)
+        wanted = replace(wanted, created_at=before.created_at)
+        if runtime.health(before).state is not State.FAILED:
+            wanted = replace(wanted, generation=before.generation)
     try:
         deployed = runtime.deploy(wanted, deployments.path(wanted), report)
         report(Progress(phase="first answer", message=f"{wanted.id} on {runtime.target}"))
@@ -116,8 +118,7 @@ def deploy(
     runtime.promote(wanted)
     deployments.promote(wanted)
     if before is not None and before.target != wanted.target:
-        open_runtime(before.target, settings).delete(before)
-        deployments.save(wanted)  # where deleting took the record of the same id along
+        _leave(open_runtime(before.target, settings), before)
     _retire(wanted, deployments, settings)
     return DeployOutcome(wanted, deployed, ready_seconds)
 
@@ -274,6 +275,15 @@ def _undo(wanted: Deployment, before: Deployment | None, runtime: Runtime, deplo
     finally:
         if before is None:
             deployments.remove(wanted)
+
+
+def _leave(runtime: Runtime, before: Deployment) -> None:
+    """Take a model out of the runtime that it was in before it was deployed to another one."""
+    try:
+        runtime.withdraw(before)
+        runtime.delete(before)
+    except Web4Error as error:  # it serves elsewhere now
+        log.warning("taking %s out of %s: %s", before.id, before.target, error)
 
 
 def _retire(current: Deployment, deployments: Deployments, settings: DeployerSettings) -> None:

@@ -157,6 +157,12 @@ class Deployments:
         """Write a deployment, new or changed."""
         write_json(self._records / file_name(record.id), asdict(record))
 
+    def withdraw(self, record: Deployment) -> None:
+        """Take back the wish for a deployment, unless it is now wanted in another runtime."""
+        wanted = _read(self._records / file_name(record.id))
+        if wanted is not None and wanted.target == record.target:
+            (self._records / file_name(record.id)).unlink(missing_ok=True)
+
     def remove(self, record: Deployment) -> None:
         """Forget a deployment, its place under its name, and its file when no other one serves it."""
         (self._records / file_name(record.id)).unlink(missing_ok=True)

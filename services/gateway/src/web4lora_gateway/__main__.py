@@ -62,6 +62,7 @@ async def run(settings: GatewaySettings) -> None:
             settings,
         )
     finally:
+        logging.getLogger("dbos").setLevel(logging.ERROR)  # it warns of every run left at work, at length
         delivery.cancel()
         await asyncio.gather(delivery, return_exceptions=True)
 

@@ -114,14 +114,22 @@ def require_memory(needed: Estimate, settings: TrainSettings, device: Device) ->
 
 def optimizer_steps(train: EncodedRows, settings: TrainSettings, device: Device) -> int:
     """Return the number of optimizer steps of the whole training."""
+    return settings.max_steps or math.ceil(settings.epochs * _steps_an_epoch(train, settings, device))
+
+
+def epochs(train: EncodedRows, settings: TrainSettings, device: Device) -> float:
+    """Return how often the training passes over the data."""
+    return optimizer_steps(train, settings, device) / _steps_an_epoch(train, settings, device)
+
+
+def _steps_an_epoch(train: EncodedRows, settings: TrainSettings, device: Device) -> int:
     batches = LikeLengthBatches(
         [len(row) for row in train.rows],
         settings.batch_tokens(device.kind),
         settings.seed,
         pad_to_multiple_of=device.pad_to_multiple_of,
     )
-    an_epoch = max(1, math.ceil(len(batches) / settings.gradient_accumulation))
-    return settings.max_steps or math.ceil(settings.epochs * an_epoch)
+    return max(1, math.ceil(len(batches) / settings.gradient_accumulation))
 
 
 def adapter_parameters(checkpoint: Checkpoint, settings: TrainSettings) -> int:
@@ -196,12 +204,8 @@ def _seconds(
     """Return the time to train, from the measured matmul rate and the share of it that training reaches."""
     if not device.flops_per_second:
         return 0.0
-    an_epoch = optimizer_steps(train, TrainSettings(
-        epochs=1, tokens_per_batch=settings.tokens_per_batch,
-        gradient_accumulation=settings.gradient_accumulation, seed=settings.seed,
-    ), device)  # fmt: skip
-    epochs = optimizer_steps(train, settings, device) / an_epoch
-    flops = training_flops(checkpoint, train, settings, checkpointing=checkpointing) * epochs
+    flops = training_flops(checkpoint, train, settings, checkpointing=checkpointing)
+    flops *= epochs(train, settings, device)
     forward = 2.0 * checkpoint.layer_parameters * checkpoint.layers
     flops += settings.held_out_evaluations * forward * held_out.tokens
     return flops / (device.flops_per_second * _TRAINING_EFFICIENCY)

@@ -22,7 +22,7 @@ from web4lora_trainer.dataset import Dataset
 from web4lora_trainer.device import Device, choose_device
 from web4lora_trainer.export import export_adapter, export_state
 from web4lora_trainer.loss_report import LossLog, judge, plot_losses
-from web4lora_trainer.preflight import Estimate, estimate, optimizer_steps, require_memory
+from web4lora_trainer.preflight import Estimate, epochs, estimate, optimizer_steps, require_memory
 from web4lora_trainer.train_settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def prepare(settings: TrainSettings, dataset: Dataset, base_folder: Path) -> Pre
     checkpoint.linear_shapes(settings.lora.target_modules, settings.lora.last_layers)
     train, held_out = _encode(settings, dataset, base_folder)
     device = choose_device(checkpoint.layer_shapes, settings.dtype)
-    needed = estimate(checkpoint, train, _sampled(train, held_out, settings.seed), settings, device)
+    needed = estimate(checkpoint, train, _sampled(train, held_out, settings, device), settings, device)
     require_memory(needed, settings, device)
     return Preparation(device, train, held_out, needed)
 
@@ -172,12 +172,14 @@ def _encode(settings: TrainSettings, dataset: Dataset, base_folder: Path) -> tup
     return train, held_out
 
 
-def _sampled(train: EncodedRows, held_out: EncodedRows, seed: int) -> EncodedRows:
+def _sampled(
+    train: EncodedRows, held_out: EncodedRows, settings: TrainSettings, device: Device
+) -> EncodedRows:
     """Return the held-out rows to measure on: a fixed sample that costs a few percent of the training."""
     rows = list(held_out.rows)
-    random.Random(seed).shuffle(rows)  # noqa: S311 - a sample, not a secret
-    budget, chosen = train.tokens * _HELD_OUT_SHARE, 0
-    tokens = 0
+    random.Random(settings.seed).shuffle(rows)  # noqa: S311 - a sample, not a secret
+    budget = _HELD_OUT_SHARE * train.tokens * epochs(train, settings, device)
+    tokens = chosen = 0
     while chosen < len(rows) and (chosen < _MIN_HELD_OUT_ROWS or tokens + len(rows[chosen]) <= budget):
         tokens += len(rows[chosen])
         chosen += 1
@@ -217,9 +219,9 @@ def train(
     checkpoint = read_checkpoint(base.folder)
     checkpoint.linear_shapes(settings.lora.target_modules, settings.lora.last_layers)
     train_rows, held_out = _encode(settings, dataset, base.folder)
-    held_out = _sampled(train_rows, held_out, settings.seed)
     device = _remembered_device(work_dir, settings) or choose_device(checkpoint.layer_shapes, settings.dtype)
     settings = settings.after_memory_failures(memory_failures, device.kind)
+    held_out = _sampled(train_rows, held_out, settings, device)
     while True:
         _remember_device(work_dir, device, settings)
         try:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from web4lora_chassis.errors import FailedPrecondition, Unavailable
+from web4lora_chassis.errors import FailedPrecondition, InvalidInput, Unavailable
 from web4lora_deployer.suite.chat import ChatClient, Endpoint
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -84,12 +84,15 @@ def broken_at_first(how: str) -> Any:
                 handler.event("{]")
             elif how == "not an object":
                 handler.event("[]")
+            elif how == "another form":
+                handler.event({"choices": [[1]], "usage": "much"})
 
     return respond
 
 
 @pytest.mark.parametrize(
-    "how", ["503", "429", "cut before", "cut within", "error event", "garbled", "not an object"]
+    "how",
+    ["503", "429", "cut before", "cut within", "error event", "garbled", "not an object", "another form"],
 )
 def test_what_may_pass_is_tried_again(chat_server: Any, client: ChatClient, how: str) -> None:
     chat_server.respond = broken_at_first(how)
@@ -127,6 +130,11 @@ def test_a_server_that_is_gone_is_unavailable() -> None:
         client.ask(HI, 20)
     assert "http://127.0.0.1:1/v1" in caught.value.message
     assert caught.value.fix
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(InvalidInput, match="localhost:1 is no address"):
+        ChatClient(Endpoint("localhost:1", "m"), seed=0, timeout_seconds=1, connections=1)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -43,15 +45,13 @@ class DockerModelRunnerRuntime:
         self._found = ""
 
     def probe(self) -> RuntimeStatus:
-        """Try its addresses in turn; the first one that answers as Model Runner does is used from then on."""
-        tried = []
-        for address in self._addresses:
-            said = _look(address)
+        """Try its addresses; the first one that answers as Model Runner does is used from then on."""
+        answers = _look_all(self._addresses)
+        for address, said in answers.items():
             if not said:
                 self._found = address
-                version = _version(address)
-                return RuntimeStatus(self.target, usable=True, address=address, version=version)
-            tried.append(f"{address} ({said})")
+                return RuntimeStatus(self.target, usable=True, address=address, version=_version(address))
+        tried = [f"{address} ({said})" for address, said in answers.items()]
         detail = f"not found; tried {', '.join(tried)}. {_ENABLE}"
         return RuntimeStatus(self.target, usable=False, address=self._addresses[0], detail=detail)
 
@@ -239,6 +239,22 @@ def normalise(reference: str) -> str:
     if not any(sign in parts[0] for sign in ".:") and parts[0] != "localhost":
         parts = ["docker.io", *parts]
     return f"{'/'.join(parts)}:{tag or 'latest'}"
+
+
+def _look_all(addresses: Sequence[str]) -> dict[str, str]:
+    """Ask at all addresses at once; looking a name up can take longer than any time limit of ours."""
+    answers = dict.fromkeys(addresses, "no answer in time")
+
+    def look(address: str) -> None:
+        answers[address] = _look(address)
+
+    threads = [Thread(target=look, args=(address,), daemon=True) for address in addresses]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 2 * PROBE_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(answers)
 
 
 def _look(address: str) -> str:

@@ -126,7 +126,8 @@ class LlamaServerRuntime:
         def serving() -> Deployed | None:
             report(Progress(phase="load", message=f"llama-server loads {deployment.id}"))
             health = self.health(deployment)
-            if health.state is State.FAILED:
+            status = self._status.read(deployment.id)
+            if health.state is State.FAILED and status is not None and status.failures > 1:
                 raise FailedPrecondition(
                     f"llama-server can't serve {deployment.id}: {health.detail}",
                     fix=f"Its log has more: {log_file(self._deployments.models.parent, deployment.id)}",
@@ -170,7 +171,7 @@ class LlamaServerRuntime:
 
     def delete(self, deployment: Deployment) -> None:
         """Withdraw the wish and wait until the supervisor has stopped the server."""
-        self._deployments.remove(deployment)
+        self._deployments.withdraw(deployment)
         if not _wait(lambda: self._status.read(deployment.id) is None or None, _STOP_SECONDS):
             raise Unavailable(f"llama-server of {deployment.id} has not stopped yet.", fix="Try again.")
 

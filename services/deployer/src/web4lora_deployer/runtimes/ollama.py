@@ -60,8 +60,8 @@ class OllamaRuntime:
         status = self.probe()
         if not status.usable:
             raise FailedPrecondition(status.detail, reason="RUNTIME_NOT_USABLE")
-        self._upload(deployment, file, report)
         facts = read_facts(file)
+        self._upload(deployment, file, report)
         own = go_template(facts) if facts.chat_template else None
         system = deployment.parameters.system or (own.system if own else "")
         self._create(deployment, GoTemplate("", system), report)

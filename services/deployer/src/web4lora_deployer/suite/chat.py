@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
-from web4lora_chassis.errors import FailedPrecondition, Unavailable
+from web4lora_chassis.errors import FailedPrecondition, InvalidInput, Unavailable
 
 from web4lora_deployer.suite.check import shorten
 from web4lora_deployer.suite.result import Reply
@@ -59,6 +59,8 @@ class ChatClient:
         self._seed = seed
         self._pause_seconds = pause_seconds
         self._url = endpoint.url.rstrip("/") + "/chat/completions"
+        if not endpoint.url.startswith(("http://", "https://")):
+            raise InvalidInput(f"{endpoint.url} is no address of an API.", fix="Give http://HOST:PORT/v1.")
         headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
         # Proxies of the environment are for the outside world, not for a model on this machine.
         self._http = httpx.Client(
@@ -125,7 +127,10 @@ class ChatClient:
         with self._http.stream("POST", self._url, json=body) as response:
             if response.status_code != 200:
                 return self._failed(response)
-            return _read_stream(_events(response), started, max_tokens)
+            try:
+                return _read_stream(_events(response), started, max_tokens)
+            except (AttributeError, TypeError, ValueError) as error:
+                raise _Transient(f"an event of another form than expected: {error}") from error
 
     def _failed(self, response: httpx.Response) -> Reply:
         status = response.status_code

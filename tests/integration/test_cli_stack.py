@@ -1,0 +1,204 @@
+"""`web4lora up`, `status`, `down`, `doctor` with the real services."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+
+SERVICES = ("trainer", "packager", "deployer", "gateway")
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Machine:
+    """A home and ports of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.home = root / "home"
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith("WEB4LORA_")}
+        for name in ("CACHE", "LLAMA_CPP", "LLAMA_CPP_SOURCE"):
+            if value := os.environ.get(f"WEB4LORA_{name}"):
+                self.env[f"WEB4LORA_{name}"] = value
+        self.env["WEB4LORA_HOME"] = str(self.home)
+        for name, port in zip(SERVICES, _free_ports(len(SERVICES)), strict=True):
+            self.env[f"WEB4LORA_{name.upper()}_ADDRESS"] = f"127.0.0.1:{port}"
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "web4lora", *words]
+
+    def run(self, *words: str, code: int = 0) -> str:
+        done = subprocess.run(
+            self.command(*words), cwd=self.root, env=self.env, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        text = done.stdout + done.stderr
+        assert done.returncode == code, text
+        assert "Traceback" not in text
+        return text
+
+    def process(self, name: str) -> psutil.Process | None:
+        noted = self.home / "run" / f"{name}.json"
+        if not noted.exists():
+            return None
+        return psutil.Process(json.loads(noted.read_text("utf-8"))["pid"])
+
+    def left_over(self) -> list[list[str]]:
+        """Return the command lines of services that still run on this home."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ours = process.environ().get("WEB4LORA_HOME") == str(self.home)
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.cmdline())
+            except psutil.Error:
+                continue
+        return found
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    made = Machine(tmp_path)
+    yield made
+    subprocess.run(made.command("down"), env=made.env, cwd=tmp_path, capture_output=True, check=False)
+    assert made.left_over() == []
+
+
+def test_a_stack_starts_is_seen_heals_and_stops(machine: Machine) -> None:
+    assert "not running; `web4lora up` starts it" in machine.run("status", code=1)
+    text = machine.run("up")
+    assert [row.split()[1:] for row in text.splitlines()[:4]] == [[name, "started"] for name in SERVICES]
+    gateway = machine.process("gateway")
+    assert gateway is not None
+    assert gateway.environ()["WEB4LORA_OUTPUTS"] == str(machine.root / "outputs")
+
+    state = json.loads(machine.run("status", "--json"))
+    assert all(each["serving"] and each["version"] for each in state["services"])
+    assert state["home"] == str(machine.home)
+
+    text = machine.run("up")
+    assert text.count("already up") == 4
+    assert machine.process("gateway") == gateway
+
+    killed = machine.process("packager")
+    assert killed is not None
+    killed.kill()
+    killed.wait(10)
+    text = machine.run("status", code=1)
+    assert [row.split()[:2] for row in text.splitlines() if "✗" in row] == [["✗", "packager"]]
+    text = machine.run("up")
+    assert "✓ packager   started" in text
+    assert text.count("already up") == 3
+
+    assert machine.run("down").count("stopped") == 4
+    assert machine.left_over() == []
+    assert machine.run("down").count("not running") == 4
+    assert (machine.home / "logs" / "gateway.log").stat().st_size > 0
+
+
+def test_another_stack_is_not_taken_for_ours(machine: Machine) -> None:
+    machine.run("up", "gateway")
+    ours = machine.env["WEB4LORA_HOME"]
+    machine.env["WEB4LORA_HOME"] = str(machine.root / "other")
+    text = machine.run("up", "gateway", code=1)
+    assert "belongs to another stack" in text
+    machine.run("down")
+    machine.env["WEB4LORA_HOME"] = ours
+    assert machine.process("gateway") is not None
+
+
+def test_a_taken_port_stops_everything_that_was_started(machine: Machine) -> None:
+    host, port = machine.env["WEB4LORA_GATEWAY_ADDRESS"].split(":")
+    with socket.create_server((host, int(port))):
+        text = machine.run("up", code=1)
+    assert f"{host}:{port} is taken by" in text
+    assert "WEB4LORA_GATEWAY_ADDRESS=127.0.0.1:PORT" in text
+    assert machine.left_over() == []
+
+
+def test_a_service_that_refuses_to_start_says_why(machine: Machine) -> None:
+    port = machine.env["WEB4LORA_GATEWAY_ADDRESS"].rpartition(":")[2]
+    machine.env["WEB4LORA_GATEWAY_ADDRESS"] = f"0.0.0.0:{port}"  # beyond the loopback, without a token
+    text = machine.run("up", "gateway", code=1)
+    assert "The gateway ended as soon as it was started" in text
+    assert "token" in text
+    assert str(machine.home / "logs" / "gateway.log") in text
+    assert machine.left_over() == []
+
+
+def test_in_the_foreground_ctrl_c_stops_what_was_started(machine: Machine) -> None:
+    child = subprocess.Popen(
+        machine.command("up", "--foreground", "gateway", "packager"), cwd=machine.root, env=machine.env,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    while "Ctrl-C stops them" not in child.stdout.readline():
+        assert child.poll() is None
+    assert machine.process("gateway") is not None
+    child.send_signal(signal.SIGINT)
+    rest, _ = child.communicate(timeout=60)
+    assert child.returncode == 0
+    assert rest.count("stopped") == 2
+    assert machine.left_over() == []
+
+
+def test_names_of_services_are_checked(machine: Machine) -> None:
+    assert "The services are trainer, packager, deployer, gateway." in machine.run("up", "baker", code=2)
+
+
+class _OldOllama(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"version": "0.29.1"}')
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_doctor_looks_at_everything_and_says_what_to_do(machine: Machine) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _OldOllama)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    machine.env["WEB4LORA_OLLAMA"] = f"http://127.0.0.1:{server.server_port}"
+    machine.env["WEB4LORA_DOCKER_MODEL_RUNNER"] = "http://127.0.0.1:1"
+    text = machine.run("doctor")
+    server.shutdown()
+    server.server_close()
+    rows = {row[4:24].strip(): row for row in text.splitlines()}
+    wanted = ["Python", "device", "memory", "disk", "compiler", "CMake", "llama.cpp", "Ollama"]
+    assert list(rows)[:8] == wanted
+    assert "GB of memory" in rows["device"]
+    assert "0.29.1" in rows["Ollama"]
+    assert "0.31.2 or newer is needed" in rows["Ollama"]
+    assert rows["Docker Model Runner"].startswith("  ! ")
+    assert "host-side TCP 12434" in rows["Docker Model Runner"]
+
+
+def test_doctor_fails_only_for_what_is_needed(machine: Machine) -> None:
+    machine.env["PATH"] = str(machine.root)  # no compiler, no Docker
+    machine.env["WEB4LORA_CACHE"] = str(machine.root / "empty")
+    for name in ("WEB4LORA_LLAMA_CPP", "WEB4LORA_LLAMA_CPP_SOURCE", "CXX"):
+        machine.env.pop(name, None)
+    checks = {check["name"]: check for check in json.loads(machine.run("doctor", "--json", code=1))}
+    assert checks["compiler"]["sign"] == "missing"
+    assert checks["Docker"]["sign"] == "note"
+    assert checks["llama.cpp"]["sign"] == "note"

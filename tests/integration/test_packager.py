@@ -1,0 +1,282 @@
+"""The real packager over a real socket: a tiny Llama merged, converted, quantized, loaded and stored."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+import tiny_llama
+from web4.lora.v1 import artifacts_pb2, jobs_pb2, packager_pb2, packager_pb2_grpc
+from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, open_store
+from web4lora_chassis.errors import InvalidInput, NotFound
+from web4lora_chassis.rpc import channel, error_of, ref_message, ref_of
+from web4lora_chassis.settings import load
+from web4lora_llamacpp import LlamaCpp
+from web4lora_packager.assertion import assert_merged
+from web4lora_packager.gguf_file import read_header
+from web4lora_packager.settings import PackagerSettings
+
+pytestmark = pytest.mark.timeout(300)
+Job = packager_pb2.PackagerJob
+
+
+class Stack:
+    """A packager process that can be killed and started again, and a store with something to package."""
+
+    def __init__(self, folder: Path, base: Path, adapter: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.settings = load(
+            PackagerSettings,
+            home=folder / "home",
+            cache=load(PackagerSettings).cache,
+            store=(folder / "store").as_uri(),
+            packager_address=address,
+        )
+        self.store: ArtifactStore = open_store(self.settings)
+        self.base = self.store.put("base_model", "tiny", _files(base), link=False)
+        self.adapter = self.store.put("adapter", "tiny", _files(adapter), inputs=[self.base], link=False)
+        self._log = folder / "packager.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: grpc.Channel | None = None
+
+    @property
+    def api(self) -> packager_pb2_grpc.PackagerServiceStub:
+        assert self._channel is not None
+        return packager_pb2_grpc.PackagerServiceStub(self._channel)
+
+    @property
+    def process(self) -> psutil.Process:
+        assert self._process is not None
+        return psutil.Process(self._process.pid)
+
+    def start(self) -> None:
+        env = {
+            **os.environ,
+            "WEB4LORA_HOME": str(self.settings.home),
+            "WEB4LORA_STORE": self.settings.store,
+            "WEB4LORA_PACKAGER_ADDRESS": self.settings.packager_address,
+        }
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "web4lora_packager"], env=env, stdout=log, stderr=log
+            )
+        self._channel = channel(self.settings.packager_address, self.settings)
+        grpc.channel_ready_future(self._channel).result(60)
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        assert self._process is not None
+        assert self._channel is not None
+        self._channel.close()
+        self._process.send_signal(number)
+        self._process.wait(30)
+
+    def create(self, request_id: str, spec: packager_pb2.PackageSpec) -> Job:
+        request = packager_pb2.CreatePackagerJobRequest(request_id=request_id, package=spec)
+        return self.api.CreatePackagerJob(request).job
+
+    def watch(self, job_id: str, until: Callable[[Job], bool]) -> Job:
+        """Follow a job until a snapshot is what is waited for; a terminal one ends the stream."""
+        for answer in self.api.WatchPackagerJob(packager_pb2.WatchPackagerJobRequest(id=job_id)):
+            if until(answer.job):
+                return answer.job
+        pytest.fail(f"the job ended otherwise: {answer.job}")
+
+    def spec(self, *quantizations: str) -> packager_pb2.PackageSpec:
+        return packager_pb2.PackageSpec(
+            name="tiny-demo",
+            base=ref_message(self.base),
+            adapter=ref_message(self.adapter),
+            package=packager_pb2.PackageSettings(quantizations=quantizations),
+        )
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in folder.iterdir()}
+
+
+def _ended(job: Job) -> bool:
+    return job.job.state in (
+        jobs_pb2.JOB_STATE_SUCCEEDED,
+        jobs_pb2.JOB_STATE_FAILED,
+        jobs_pb2.JOB_STATE_CANCELLED,
+    )
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _in_phase(phase: str) -> Callable[[Job], bool]:
+    return lambda job: job.job.progress.phase.startswith(phase)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.write_base(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    return tiny_llama.write_adapter(tmp_path_factory.mktemp("model") / "adapter", base)
+
+
+@pytest.fixture
+def stack(tmp_path: Path, base: Path, adapter: Path, llama_cpp: LlamaCpp) -> Iterator[Stack]:
+    stack = Stack(tmp_path, base, adapter)
+    stack.start()
+    yield stack
+    stack.kill(signal.SIGTERM)
+
+
+def test_packages_a_model(stack: Stack, tmp_path: Path, base: Path, adapter: Path) -> None:
+    info = stack.api.GetPackagerInfo(packager_pb2.GetPackagerInfoRequest())
+    assert info.llama_cpp_ready
+    assert info.tools["llama-cpp-python"]
+
+    created = stack.create("one", stack.spec("Q4_K_M", "Q8_0"))
+    job = stack.watch(created.job.id, _ended)
+    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
+    result = job.package_result
+    assert result.llama_cpp_version == info.llama_cpp_version
+    assert (result.merge.adapter_tensors, result.merge.merged_tensors) == (16, 8)
+    assert 0 < result.merge.relative_effect < 1
+    assert result.merge.max_abs_error < 0.01
+
+    reference, *quantized = [result.reference, *result.quantized]
+    assert (reference.file_name, reference.type, reference.size_reduction) == ("merged_model.gguf", "F16", 0)
+    assert [gguf.file_name for gguf in quantized] == ["model.Q4_K_M.gguf", "model.Q8_0.gguf"]
+    assert 0.6 < quantized[0].size_reduction < 0.75
+    assert 4 < quantized[0].bits_per_weight < 6
+    assert 8 < quantized[1].bits_per_weight < 9
+    assert all(gguf.loads and gguf.load_seconds > 0 for gguf in (reference, *quantized))
+
+    run = tmp_path / "run"
+    for ref in (result.files, *(gguf.artifact for gguf in (reference, *quantized))):
+        stack.store.get(ref_of(ref), run)
+    for gguf in (reference, *quantized):
+        assert (run / gguf.file_name).stat().st_size == gguf.size_bytes
+        assert read_header(run / gguf.file_name).chat_template == tiny_llama.CHAT_TEMPLATE
+    checker = shutil.which("shasum")
+    command = [checker, "-a", "256"] if checker else ["sha256sum"]
+    told = subprocess.run([*command, "-c", "SHA256SUMS"], cwd=run, check=True, capture_output=True, text=True)
+    assert told.stdout.count(": OK") == 4
+
+    modelfile = (run / "Modelfile").read_text()
+    assert modelfile.startswith('FROM ./model.Q4_K_M.gguf\nPARAMETER stop "<|im_end|>"\n')
+    assert f'SYSTEM "{tiny_llama.SYSTEM}"' in modelfile
+    served = json.loads((run / "modelfile.json").read_text())
+    assert served["stop"] == ["<|im_end|>", "</s>"]
+    assert (served["system"], served["temperature"], served["context_tokens"]) == (tiny_llama.SYSTEM, 0, 2048)
+    assert served["license"].startswith('The "tiny" licence.')
+
+    merged = stack.store.get(ref_of(result.merged), tmp_path / "merged")
+    assert merged.inputs == (stack.base, stack.adapter)
+    assert assert_merged(base, adapter, tmp_path / "merged") == result.merge.max_abs_error
+    for path in base.iterdir():
+        same = path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes()
+        assert same == (path.suffix != ".safetensors"), path.name
+    lineage = stack.store.manifest(ref_of(quantized[0].artifact))
+    assert lineage.inputs == (ref_of(reference.artifact),)
+    assert lineage.tools["llama.cpp"] == info.llama_cpp_version
+
+    again = stack.create("one", stack.spec("Q4_K_M", "Q8_0"))
+    assert again.job.id == created.job.id
+    assert again.package_result == result
+
+
+def test_an_importance_matrix_is_made_from_the_training_data(stack: Stack, tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {n}"},
+                {"role": "assistant", "content": "jumps over " * 9},
+            ]
+        }
+        for n in range(60)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = stack.store.put("dataset", "tiny", {"train/a.jsonl": tmp_path / "a.jsonl"}, link=False)
+    spec = stack.spec("IQ2_XS")
+    spec.package.importance_matrix = True
+    spec.dataset.CopyFrom(ref_message(dataset))
+    job = stack.watch(stack.create("matrix", spec).job.id, _ended)
+    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
+    (quantized,) = job.package_result.quantized
+    assert quantized.bits_per_weight < 4.5
+    assert dataset in stack.store.manifest(ref_of(quantized.artifact)).inputs
+
+
+def test_another_base_is_refused(stack: Stack, tmp_path: Path) -> None:
+    other = stack.store.put(
+        "base_model", "other", _files(tiny_llama.write_base(tmp_path / "other", seed=9)), link=False
+    )
+    spec = stack.spec()
+    spec.base.CopyFrom(ref_message(other))
+    job = stack.watch(stack.create("other", spec).job.id, _ended)
+    assert job.job.state == jobs_pb2.JOB_STATE_FAILED
+    assert job.job.error.reason == "BASE_MISMATCH"
+    assert "Merging would give a model nobody trained." in job.job.error.message
+    assert not stack.store.find("merged_model")
+
+
+def test_goes_on_behind_the_last_finished_step_after_a_kill(stack: Stack) -> None:
+    job_id = stack.create("killed", stack.spec("Q4_K_M")).job.id
+    stack.watch(job_id, _in_phase("convert"))
+    children = stack.process.children(recursive=True)
+    work = stack.settings.home / "packager" / "jobs" / job_id / "work"
+    merged_at = (work / "merged" / "model.safetensors").stat().st_mtime_ns
+    stack.kill()
+    psutil.wait_procs(children, timeout=20)
+    assert not [child for child in children if child.is_running()]  # none works on without its service
+    stack.start()
+    job = stack.watch(job_id, _ended)
+    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
+    assert job.job.attempt == 2
+    place = stack.settings.home.parent / "store" / ref_of(job.package_result.merged).prefix
+    assert (place / "model.safetensors").stat().st_mtime_ns == merged_at  # linked: the first attempt's own
+    _wait_until(lambda: not work.exists())
+
+
+def test_a_cancelled_job_leaves_no_process(stack: Stack) -> None:
+    job_id = stack.create("cancelled", stack.spec()).job.id
+    stack.watch(job_id, _in_phase("convert"))
+    assert stack.process.children(recursive=True)
+    stack.api.CancelPackagerJob(packager_pb2.CancelPackagerJobRequest(id=job_id))
+    job = stack.watch(job_id, _ended)
+    assert job.job.state == jobs_pb2.JOB_STATE_CANCELLED
+    _wait_until(lambda: not stack.process.children(recursive=True))
+    assert not stack.store.find("gguf")
+
+
+def test_errors_name_what_is_wrong(stack: Stack) -> None:
+    with pytest.raises(grpc.RpcError) as bad_type:
+        stack.create("bad", stack.spec("Q4"))
+    error = error_of(bad_type.value)
+    assert isinstance(error, InvalidInput)
+    assert error.metadata["field"] == "quantizations"
+    with pytest.raises(grpc.RpcError) as no_job:
+        stack.api.GetPackagerJob(packager_pb2.GetPackagerJobRequest(id="nothing"))
+    assert isinstance(error_of(no_job.value), NotFound)
+    gone = stack.spec()
+    gone.adapter.CopyFrom(
+        artifacts_pb2.ArtifactRef(kind=artifacts_pb2.ARTIFACT_KIND_ADAPTER, name="gone", digest="0" * 64)
+    )
+    job = stack.watch(stack.create("gone", gone).job.id, _ended)
+    assert (job.job.state, job.job.error.reason) == (jobs_pb2.JOB_STATE_FAILED, "NOT_FOUND")
+    assert str(ArtifactRef("adapter", "gone", "0" * 64)) in job.job.error.message
