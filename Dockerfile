@@ -51,7 +51,7 @@ WORKDIR /var/lib/web4lora
 FROM python AS build
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends binutils ca-certificates python3-venv \
+ && apt-get install -y --no-install-recommends ca-certificates python3-venv \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
  && python3 -m venv /opt/web4lora
 WORKDIR /src
@@ -92,9 +92,10 @@ RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,targ
 COPY proto proto
 COPY libs/chassis libs/chassis
 COPY services/gateway services/gateway
+COPY docker/seal docker/
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
     docker/pip-install --ours proto libs/chassis services/gateway \
- && docker/pip-install --seal
+ && docker/seal web4lora_gateway.__main__
 
 FROM runtime AS gateway
 LABEL org.opencontainers.image.title="web4lora-gateway" \
@@ -103,7 +104,7 @@ COPY --from=gateway-build /opt/web4lora /opt/web4lora
 USER 10001:10001
 ENV WEB4LORA_GATEWAY_ADDRESS=0.0.0.0:8461
 EXPOSE 8461
-HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=15s --timeout=20s --start-period=90s --retries=3 \
     CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8461"]
 CMD ["python", "-m", "web4lora_gateway"]
 
@@ -115,9 +116,10 @@ RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,targ
 COPY proto proto
 COPY libs libs
 COPY services/deployer services/deployer
+COPY docker/seal docker/
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
     docker/pip-install --ours proto libs/chassis libs/llamacpp services/deployer \
- && docker/pip-install --seal \
+ && docker/seal web4lora_deployer.__main__ web4lora_deployer.worker matplotlib.figure \
  && find /opt/web4lora -name __pycache__ -prune -exec rm -rf {} +
 
 FROM runtime AS deployer
@@ -133,7 +135,7 @@ ENV WEB4LORA_LLAMA_CPP=/opt/llama.cpp/bin \
     WEB4LORA_DEPLOYER_ADDRESS=0.0.0.0:8464 \
     PYTHONPYCACHEPREFIX=/tmp/pycache
 EXPOSE 8464
-HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=15s --timeout=20s --start-period=90s --retries=3 \
     CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8464"]
 CMD ["python", "-m", "web4lora_deployer"]
 
@@ -152,9 +154,10 @@ RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,targ
 COPY proto proto
 COPY libs libs
 COPY services/packager services/packager
+COPY docker/seal docker/
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
     docker/pip-install --ours proto libs/chassis libs/llamacpp services/packager \
- && docker/pip-install --seal
+ && docker/seal web4lora_packager.__main__ web4lora_packager.worker torch transformers
 
 FROM runtime AS packager
 LABEL org.opencontainers.image.title="web4lora-packager" \
@@ -167,7 +170,7 @@ ENV WEB4LORA_LLAMA_CPP=/opt/llama.cpp/bin \
     WEB4LORA_LLAMA_CPP_SOURCE=/opt/llama.cpp/source \
     WEB4LORA_PACKAGER_ADDRESS=0.0.0.0:8463
 EXPOSE 8463
-HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=15s --timeout=20s --start-period=90s --retries=3 \
     CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8463"]
 CMD ["python", "-m", "web4lora_packager"]
 
@@ -190,6 +193,6 @@ COPY --from=trainer-build /opt/web4lora /opt/web4lora
 USER 10001:10001
 ENV WEB4LORA_TRAINER_ADDRESS=0.0.0.0:8462
 EXPOSE 8462
-HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=15s --timeout=20s --start-period=90s --retries=3 \
     CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8462"]
 CMD ["python", "-m", "web4lora_trainer"]

@@ -51,6 +51,6 @@ ENV HOME=/tmp
 EXPOSE 9000 9001
 VOLUME /data
 # "cluster": the store can be written to. bash, where there is no curl, can speak HTTP too.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=15s --timeout=20s --start-period=60s --retries=3 \
     CMD ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/9000 && printf 'GET /minio/health/cluster HTTP/1.1\\r\\nHost: minio\\r\\nConnection: close\\r\\n\\r\\n' >&3 && read -r line <&3 && [[ $line == *' 200 '* ]]"]
 CMD ["server", "/data", "--address", ":9000", "--console-address", ":9001"]

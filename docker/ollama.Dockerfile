@@ -17,4 +17,4 @@ ENV HOME=/models \
     OLLAMA_MODELS=/models
 EXPOSE 11434
 VOLUME /models
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["ollama", "list"]
+HEALTHCHECK --interval=15s --timeout=20s --start-period=60s --retries=3 CMD ["ollama", "list"]

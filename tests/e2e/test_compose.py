@@ -223,6 +223,19 @@ def test_a_person_sees_the_run_in_the_console(stack: ComposeStack, finished: Jso
         stack.docker("stop", "--time", "1", browser_id)
 
 
+def test_the_stacks_own_ollama_serves_too(stack: ComposeStack, pipeline: Path, finished: Json) -> None:
+    stack.compose("--profile", "ollama", "up", "--detach", "ollama")
+    _wait(lambda: _state(stack, "ollama") == "healthy", "Ollama is healthy")
+    lines = stack.docker("top", stack.containers()["ollama"]["Id"], "-eo", "uid,pid").splitlines()[1:]
+    assert all(line.split()[0] != "0" for line in lines), lines
+    made = json.loads(stack.web4lora("run", str(pipeline), "--json", "--set", "deploy.target=ollama"))
+    assert made["state"] == "RUN_STATE_SUCCEEDED", made
+    states = {stage["name"]: stage["state"] for stage in made["stages"]}
+    assert states["STAGE_NAME_PACKAGE"] == "STAGE_STATE_REUSED"
+    assert "compose-test" in stack.compose("exec", "-T", "ollama", "ollama", "list")
+    stack.compose("--profile", "ollama", "rm", "--stop", "--force", "ollama")
+
+
 def test_down_and_up_keep_runs_artifacts_and_the_model(stack: ComposeStack, finished: Json) -> None:
     stack.compose("down", "--timeout", "20")
     assert not stack.containers()
@@ -264,10 +277,12 @@ def _wait(condition: Callable[[], Any], what: str, seconds: float = _LONG_SECOND
 
 
 def _healthy(stack: ComposeStack) -> bool:
-    containers = stack.containers()
-    return containers.keys() >= SERVICES and all(
-        containers[name]["State"].get("Health", {}).get("Status") == "healthy" for name in SERVICES
-    )
+    return all(_state(stack, name) == "healthy" for name in SERVICES)
+
+
+def _state(stack: ComposeStack, service: str) -> str:
+    """Return a container's health; empty when there is none."""
+    return str(stack.containers().get(service, {}).get("State", {}).get("Health", {}).get("Status", ""))
 
 
 def _show(stack: ComposeStack, run_id: str) -> Json:

@@ -157,9 +157,15 @@ class Client:
             except grpc.RpcError as call:
                 error = self._error(call)
                 away_since = away_since or time.monotonic()
-                gone = seen < 0 or time.monotonic() - away_since > _AWAY_SECONDS
-                if gone or not isinstance(error, Unavailable):
+                if seen < 0 or not isinstance(error, Unavailable):
                     raise error from call
+                if time.monotonic() - away_since > _AWAY_SECONDS:
+                    raise Unavailable(
+                        f"{error.message} It has been away for {_AWAY_SECONDS:.0f} s.",
+                        fix=f"{run_id} goes on when it is back: `web4lora up`, then "
+                        f"`web4lora runs watch {run_id}`.",
+                        reason=error.reason,
+                    ) from call
             finally:
                 stream.cancel()
             time.sleep(1)

@@ -83,3 +83,25 @@ def test_pem_files_are_checked(tmp_path: Path) -> None:
     (tmp_path / "der").write_bytes(b"\x30\x82")
     with pytest.raises(InvalidInput, match="PEM"):
         read_pem(tmp_path / "der")
+
+
+def test_a_file_of_variables_fills_what_the_environment_leaves_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    (tmp_path / ".env").write_text(
+        f"# settings\nPORT=1\nWEB4LORA_TOKEN_FILE={tmp_path}/token\n"
+        "WEB4LORA_STORE='s3+http://127.0.0.1:1/b'\nWEB4LORA_S3_REGION=here\n"
+    )
+    for name in ("TOKEN_FILE", "STORE", "CONSOLE"):  # taken out again when the test ends
+        monkeypatch.setenv(f"WEB4LORA_{name}", "")
+        monkeypatch.delenv(f"WEB4LORA_{name}")
+    monkeypatch.setenv("WEB4LORA_S3_REGION", "there")
+    monkeypatch.setenv("WEB4LORA_ENV_FILE", str(tmp_path / ".env"))
+    settings = load(Settings)
+    assert settings.store == "s3+http://127.0.0.1:1/b"
+    assert settings.token.get_secret_value() == "secret"
+    assert settings.s3_region == "there"
+    monkeypatch.setenv("WEB4LORA_ENV_FILE", str(tmp_path / "gone"))
+    with pytest.raises(InvalidInput, match="WEB4LORA_ENV_FILE"):
+        load(Settings)

@@ -106,4 +106,5 @@ def _stop(stack: Stack, started: list[str]) -> None:
         line()
         with out.status("stopping the services …"):
             stopped = stack.down(_say_nothing, started)
-        mark(OK, f"stopped what was started: {', '.join(stopped)}")
+        if stopped:
+            mark(OK, f"stopped what was started: {', '.join(stopped)}")
