@@ -3,76 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import psutil
 import pytest
-
-SERVICES = ("trainer", "packager", "deployer", "gateway")
+from servers.native import SERVICES, Machine
 
 pytestmark = pytest.mark.timeout(300)
-
-
-class Machine:
-    """A home and ports of its own."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.home = root / "home"
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith("WEB4LORA_")}
-        for name in ("CACHE", "LLAMA_CPP", "LLAMA_CPP_SOURCE"):
-            if value := os.environ.get(f"WEB4LORA_{name}"):
-                self.env[f"WEB4LORA_{name}"] = value
-        self.env["WEB4LORA_HOME"] = str(self.home)
-        for name, port in zip(SERVICES, _free_ports(len(SERVICES)), strict=True):
-            self.env[f"WEB4LORA_{name.upper()}_ADDRESS"] = f"127.0.0.1:{port}"
-
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "web4lora", *words]
-
-    def run(self, *words: str, code: int = 0) -> str:
-        done = subprocess.run(
-            self.command(*words), cwd=self.root, env=self.env, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=200, check=False,
-        )  # fmt: skip
-        text = done.stdout + done.stderr
-        assert done.returncode == code, text
-        assert "Traceback" not in text
-        return text
-
-    def process(self, name: str) -> psutil.Process | None:
-        noted = self.home / "run" / f"{name}.json"
-        if not noted.exists():
-            return None
-        return psutil.Process(json.loads(noted.read_text("utf-8"))["pid"])
-
-    def left_over(self) -> list[list[str]]:
-        """Return the command lines of services that still run on this home."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                ours = process.environ().get("WEB4LORA_HOME") == str(self.home)
-                if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process.cmdline())
-            except psutil.Error:
-                continue
-        return found
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture

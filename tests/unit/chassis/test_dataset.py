@@ -145,6 +145,13 @@ def test_reading_a_dataset_counts_cores_and_warns_of_leaks(tmp_path: Path) -> No
     )
 
 
+def test_a_row_may_hold_several_turns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", chat(USER, ANSWER, {"role": "user", "content": "More?"}, ANSWER))
+    [row] = check_rows(path)
+    assert isinstance(row, Row)
+    assert [message.role for message in row.messages] == ["user", "assistant", "user", "assistant"]
+
+
 def test_repetitions_tell_same_questions_from_same_rows(tmp_path: Path) -> None:
     another = {"role": "assistant", "content": "No."}
     path = write(tmp_path / "a.jsonl", chat(USER, ANSWER), chat(USER, ANSWER), chat(USER, another))

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from web4lora_chassis.dataset import Message, Row
 from web4lora_trainer.base_model import load_tokenizer
 from web4lora_trainer.batching import IGNORED, Collator, Encoded, LikeLengthBatches, encode_rows, render
-from web4lora_trainer.dataset import Message, Row
 
 
 def row(*turns: tuple[str, str]) -> Row:
-    return Row("", "", tuple(Message(role, content) for role, content in turns), "a:1")
+    return Row("a", 1, "", "", tuple(Message(role, content) for role, content in turns))
 
 
 def trained(encoded: Encoded, tokenizer: Any) -> str:

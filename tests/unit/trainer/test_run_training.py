@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from web4lora_chassis.dataset import Dataset, Message, Row
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput, OutOfMemory
 from web4lora_trainer.base_model import load_tokenizer
 from web4lora_trainer.batching import Collator, encode_rows
-from web4lora_trainer.dataset import Dataset, Message, Row
 from web4lora_trainer.device import Device
 from web4lora_trainer.loss_report import read_losses
 from web4lora_trainer.run_training import Base, TrainProgress, last_whole_checkpoint, prepare, train
@@ -31,12 +31,11 @@ SETTINGS = TrainSettings(
 def rows(count: int, start: int = 0) -> tuple[Row, ...]:
     return tuple(
         Row(
-            f"r{index}", "tool",
+            "a.jsonl", index, f"r{index}", "tool",
             (
                 Message("user", "question " * (1 + index % 4) + str(index)),
                 Message("assistant", COLOURS[index % 3]),
             ),
-            f"a.jsonl:{index}",
         )
         for index in range(start, start + count)
     )  # fmt: skip

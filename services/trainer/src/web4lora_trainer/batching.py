@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from web4lora_trainer.dataset import Row
+from web4lora_chassis.dataset import Row
 
 if TYPE_CHECKING:
     import torch

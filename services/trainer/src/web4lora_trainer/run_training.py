@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from web4lora_chassis.dataset import Dataset
 from web4lora_chassis.errors import FailedPrecondition, OutOfMemory
 
 from web4lora_trainer.base_model import load_tokenizer
 from web4lora_trainer.batching import EncodedRows, encode_rows
 from web4lora_trainer.checkpoint import Checkpoint, read_checkpoint
-from web4lora_trainer.dataset import Dataset
 from web4lora_trainer.device import Device, choose_device
 from web4lora_trainer.export import export_adapter, export_state
 from web4lora_trainer.loss_report import LossLog, judge, plot_losses

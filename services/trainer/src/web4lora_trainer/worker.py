@@ -13,13 +13,13 @@ from typing import Any
 from google.protobuf.json_format import ParseDict
 from web4.lora.v1 import trainer_pb2
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, open_store
+from web4lora_chassis.dataset import Dataset, read_dataset
 from web4lora_chassis.jobs import JobContext, Progress, worker_main
 from web4lora_chassis.rpc import ref_message
 from web4lora_chassis.rpc.jobs import to_json
 from web4lora_chassis.settings import Settings, load
 
 from web4lora_trainer.base_model import BaseModel, resolve
-from web4lora_trainer.dataset import Dataset, read_dataset
 from web4lora_trainer.run_training import Base, Preparation, TrainProgress, prepare, train
 from web4lora_trainer.service import tool_versions
 from web4lora_trainer.specs import reference, settings_of
