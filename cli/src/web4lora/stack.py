@@ -279,13 +279,24 @@ def usable_cores() -> int:
 
 def _await_end(ending: psutil.Process) -> None:
     """Wait for a process that was asked to end; kill it and what is left of its session when it does not."""
+    if not _ended(ending):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(ending.pid, signal.SIGKILL)
+        if not _ended(ending):
+            raise Unavailable(
+                f"Process {ending.pid} does not end, although it was killed.", fix="Try again in a minute."
+            )
+
+
+def _ended(ending: psutil.Process) -> bool:
+    """Wait for a process to end; one that its parent, another command, has not taken note of has ended too."""
+    deadline = time.monotonic() + _STOP_SECONDS
     with contextlib.suppress(psutil.NoSuchProcess):
-        try:
-            ending.wait(_STOP_SECONDS)
-        except psutil.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(ending.pid, signal.SIGKILL)
-            ending.wait(_STOP_SECONDS)
+        while ending.is_running() and ending.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+    return True
 
 
 def _listens(address: str) -> bool:

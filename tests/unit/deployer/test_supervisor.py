@@ -199,6 +199,19 @@ def test_a_stopped_supervisor_leaves_no_process_and_a_new_one_goes_on(
         second.stop()
 
 
+def test_what_a_killed_service_wrote_last_is_not_believed(
+    deployments: Deployments, status: StatusFiles, settings: DeployerSettings
+) -> None:
+    wanted = wish(deployments, content="broken")
+    status.write(wanted.id, ServerStatus(wanted.generation, State.SERVING, port=8480, pid=os.getpid()))
+    supervisor = Supervisor(settings)
+    supervisor.start()
+    try:
+        assert LlamaServerRuntime(settings).health(wanted).state is not State.SERVING
+    finally:
+        supervisor.stop()
+
+
 @pytest.mark.usefixtures("supervisor")
 def test_a_record_that_cannot_be_read_does_not_end_the_care_for_others(
     deployments: Deployments, status: StatusFiles, settings: DeployerSettings

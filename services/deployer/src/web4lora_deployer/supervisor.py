@@ -60,6 +60,8 @@ class Supervisor:
             status = self._status.read(deployment_id)
             if status is not None:
                 self._ports.remember(deployment_id, status.port)
+                # What a killed service wrote last is no longer so: its servers ended with it.
+                self._status.write(deployment_id, replace(status, state=State.STARTING, detail="", pid=0))
         self._thread.start()
 
     def stop(self) -> None:
@@ -125,7 +127,8 @@ class _Ports:
         with self._lock:
             others = {port for other, port in self._taken.items() if other != deployment_id}
             before = self._taken.get(deployment_id, 0)
-            for port in (*((before,) if before else ()), *range(self._first, 1 << 16)):
+            candidates: list[int] = [*([before] if before else []), *range(self._first, 1 << 16)]
+            for port in candidates:
                 if port not in others and self._free(port):
                     self._taken[deployment_id] = port
                     return port
@@ -292,7 +295,7 @@ def _answers(endpoint: str) -> bool:
 def _started_at(pid: int) -> float:
     """Return when a process was started; 0 when it is gone already."""
     try:
-        return psutil.Process(pid).create_time()
+        return float(psutil.Process(pid).create_time())
     except psutil.NoSuchProcess:
         return 0.0
 

@@ -91,8 +91,7 @@ def worker_environment() -> dict[str, str]:
 
     MPS: by default its allocator may take more than a Mac has and swap instead of failing; a kernel that
     runs while the display is on may be ended by a watchdog. glibc: buffers of a training step are given back
-    and asked for again thousands of times a second unless its thresholds are raised. OpenMP: threads that
-    wait for each other by spinning halve the speed as soon as another program wants a core, so they sleep.
+    and asked for again thousands of times a second unless its thresholds are raised.
     """
     return {
         "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0",
@@ -100,7 +99,6 @@ def worker_environment() -> dict[str, str]:
         "AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",

@@ -111,8 +111,8 @@ class OllamaApi:
         if answer.status_code != httpx.codes.OK:
             raise refused(WHAT, "list its models", answer.status_code, _said(answer))
         wanted = _full(model)
-        found = (entry for entry in answer.json().get("models") or [] if _full(entry["name"]) == wanted)
-        return str(next(found, {}).get("digest", ""))
+        models: list[dict[str, Any]] = answer.json().get("models") or []
+        return next((str(entry["digest"]) for entry in models if _full(entry["name"]) == wanted), "")
 
     def copy(self, source: str, target: str) -> None:
         """Give a model another name, which from then on means this model.
