@@ -289,7 +289,7 @@ def _await_end(ending: psutil.Process) -> None:
 
 
 def _ended(ending: psutil.Process) -> bool:
-    """Wait for a process to end; one that its parent, another command, has not taken note of has ended too."""
+    """Wait for a process to end; one that its parent has not taken note of has ended too."""
     deadline = time.monotonic() + _STOP_SECONDS
     with contextlib.suppress(psutil.NoSuchProcess):
         while ending.is_running() and ending.status() != psutil.STATUS_ZOMBIE:
