@@ -100,7 +100,7 @@ def folder(machine: Machine, pipeline: Path, llama_cpp: LlamaCpp) -> Path:
         process.send_signal(signal.SIGKILL)
     psutil.wait_procs([trainer], timeout=30)
     machine.run("up")
-    done = json.loads(machine.run("runs", "watch", run_id, "--json").splitlines()[-1])
+    done = json.loads(machine.run("runs", "watch", run_id, "--json").splitlines()[-1])["run"]
     assert done["state"] == "RUN_STATE_SUCCEEDED", done
     return machine.root / "outputs" / run_id
 
@@ -146,7 +146,7 @@ def test_the_deployed_model_answers(machine: Machine, folder: Path) -> None:
 
 
 def test_the_same_inputs_are_not_run_again(machine: Machine, pipeline: Path, folder: Path) -> None:
-    again = json.loads(machine.run("run", str(pipeline), "--json").splitlines()[-1])
+    again = json.loads(machine.run("run", str(pipeline), "--json"))
     states = {stage["name"]: stage["state"] for stage in again["stages"]}
     assert states["STAGE_NAME_TRAIN"] == states["STAGE_NAME_PACKAGE"] == "STAGE_STATE_REUSED"
 

@@ -30,7 +30,7 @@ _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+\S+\s+-\s+\[([\d,\s]+)\]")
 _CHUNKS = re.compile(r"computing over (\d+) chunks.*n_seq=(\d+)")
 _PASS = re.compile(r"([\d.]+) seconds per pass")
 _CHUNK_TOKENS = 512
-_MATRIX_CHUNKS = 40
+_MATRIX_CHUNKS = 24
 _MATRIX_CHARACTERS = 1 << 20
 
 
