@@ -120,10 +120,6 @@ CATALOGUE: dict[str, Recipe] = {
 }
 
 
-ON_REQUEST = frozenset({"grpcurl"})
-"""What only the test of the stack in containers needs, which builds it itself."""
-
-
 def cache() -> Path:
     """Return the folder of the built servers."""
     root = os.environ.get("WEB4LORA_CACHE") or "~/.cache/web4lora"
@@ -239,7 +235,7 @@ def main(names: Sequence[str]) -> int:
     Without names, a server that can't be had is no error on a contributor's machine: its tests are skipped.
     """
     failed = 0
-    for name in names or [name for name in CATALOGUE if name not in ON_REQUEST]:
+    for name in names or CATALOGUE:
         began = time.monotonic()
         line = _Line(name)
         try:
