@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,10 @@ from servers.fixtures import NOT_BUILT, bucket, minio, minio_proxy, toxiproxy
 from servers.llama_cpp import llama_cpp
 
 __all__ = ["bucket", "llama_cpp", "minio", "minio_proxy", "toxiproxy"]
+
+
+# Shells start background jobs with Ctrl-C ignored, and every child would inherit that: the tests need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
