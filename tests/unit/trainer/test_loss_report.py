@@ -11,8 +11,12 @@ from web4lora_trainer.train_settings import LossBand
 BAND = LossBand(0.1, 0.6)
 
 
-def row(step: int, loss: float = 1.0, held_out: float | None = None) -> LossRow:
-    return LossRow(step, step / 10, loss, held_out, 1e-3, 0.5, step * 100, 400.0, step / 4)
+def row(step: int, loss: float = 1.0, held_out: float | None = None, answer_tokens: int = 40) -> LossRow:
+    return LossRow(step, step / 10, loss, answer_tokens, held_out, 1e-3, 0.5, step * 100, 400.0, step / 4)
+
+
+def rows(losses: list[float]) -> list[LossRow]:
+    return [row(step, loss) for step, loss in enumerate(losses, 1)]
 
 
 def test_the_csv_has_its_columns_and_is_readable_at_once(tmp_path: Path) -> None:
@@ -61,28 +65,36 @@ def test_a_resumed_run_drops_the_steps_that_come_again(tmp_path: Path) -> None:
     ],
 )
 def test_the_verdict(losses: list[float], settled: bool, words: str) -> None:
-    verdict = judge(losses, [], BAND)
+    verdict = judge(rows(losses), [], BAND)
     assert words in verdict.words
     assert verdict.settled is settled
 
 
 def test_a_rising_held_out_loss_is_told() -> None:
-    assert "rose from 0.40 to 0.60" in judge([0.3] * 40, [0.5, 0.4, 0.6], BAND).words
-    assert "rose" not in judge([0.3] * 40, [0.5, 0.4, 0.41], BAND).words
+    assert "rose from 0.40 to 0.60" in judge(rows([0.3] * 40), [0.5, 0.4, 0.6], BAND).words
+    assert "rose" not in judge(rows([0.3] * 40), [0.5, 0.4, 0.41], BAND).words
 
 
 def test_the_last_tenth_counts_but_at_least_ten_steps() -> None:
-    assert judge([1.0] * 180 + [0.5] * 20, [], BAND).final_loss == pytest.approx(0.5)
-    assert judge([1.0] * 5 + [0.5] * 10, [], BAND).final_loss == pytest.approx(0.5)
+    assert judge(rows([1.0] * 180 + [0.5] * 20), [], BAND).final_loss == pytest.approx(0.5)
+    assert judge(rows([1.0] * 5 + [0.5] * 10), [], BAND).final_loss == pytest.approx(0.5)
+
+
+def test_every_answer_token_weighs_the_same_in_the_verdict() -> None:
+    """Rows of like length share a batch: one of refusals has few tokens, and the highest loss."""
+    refusals = {step: row(step, 3.0, answer_tokens=8) for step in range(0, 100, 5)}
+    verdict = judge([refusals.get(step, row(step, 0.5, answer_tokens=200)) for step in range(100)], [], BAND)
+    assert verdict.final_loss == pytest.approx((2 * 8 * 3.0 + 8 * 200 * 0.5) / (2 * 8 + 8 * 200))
+    assert verdict.settled
 
 
 def test_the_plot_is_a_png_of_a_readable_size(tmp_path: Path) -> None:
     from PIL import Image
 
-    rows = [row(step, 3 / step, 3 / step if step % 5 == 0 else None) for step in range(1, 30)]
-    plot_losses(rows, BAND, "a title", tmp_path / "loss.png")
+    steps = [row(step, 3 / step, 3 / step if step % 5 == 0 else None) for step in range(1, 30)]
+    plot_losses(steps, BAND, "a title", tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as image:
         assert image.format == "PNG"
         assert image.width >= 800
-    plot_losses(rows[:1], BAND, "one step", tmp_path / "one.png")
+    plot_losses(steps[:1], BAND, "one step", tmp_path / "one.png")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".part")] == []

@@ -181,7 +181,8 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
     assert ours.keys() == trained.keys()
     for name, parameter in trained.items():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-6)
-    assert trainer.trained_tokens_seen == 2 * sum(len(row) for row in encoded)
+    assert trainer.tokens_seen == 2 * sum(len(row) for row in encoded)
+    assert trainer.answer_tokens_seen == 2 * sum(row.trained_tokens for row in encoded)
 
 
 def test_the_base_stays_frozen_and_adapters_are_fp32(dataset: Dataset, base: Base, tmp_path: Path) -> None:

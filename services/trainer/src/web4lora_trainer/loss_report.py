@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from web4lora_trainer.train_settings import LossBand
 
 COLUMNS = (
-    "step", "epoch", "loss", "held_out_loss", "learning_rate", "grad_norm", "tokens",
+    "step", "epoch", "loss", "answer_tokens", "held_out_loss", "learning_rate", "grad_norm", "tokens",
     "tokens_per_second", "seconds",
 )  # fmt: skip
 
@@ -29,7 +29,8 @@ class LossRow:
     Attributes:
         step: Counted from 1.
         epoch: Passes over the data so far.
-        loss: Mean over the step's trained tokens.
+        loss: Mean over the step's answer tokens.
+        answer_tokens: Tokens that the step's loss is over; those of prompts have none.
         held_out_loss: Measured after this step, or None.
         learning_rate: Used in this step.
         grad_norm: Before clipping; None when there was no finite gradient.
@@ -41,6 +42,7 @@ class LossRow:
     step: int
     epoch: float
     loss: float
+    answer_tokens: int
     held_out_loss: float | None
     learning_rate: float
     grad_norm: float | None
@@ -54,6 +56,7 @@ class LossRow:
             str(self.step),
             f"{self.epoch:.4f}",
             f"{self.loss:.6f}",
+            str(self.answer_tokens),
             "" if self.held_out_loss is None else f"{self.held_out_loss:.6f}",
             f"{self.learning_rate:.8g}",
             "" if self.grad_norm is None else f"{self.grad_norm:.6g}",
@@ -105,6 +108,7 @@ def read_losses(path: Path) -> list[LossRow]:
                         step=int(cells["step"]),
                         epoch=float(cells["epoch"]),
                         loss=float(cells["loss"]),
+                        answer_tokens=int(cells["answer_tokens"]),
                         held_out_loss=float(cells["held_out_loss"]) if cells["held_out_loss"] else None,
                         learning_rate=float(cells["learning_rate"]),
                         grad_norm=float(cells["grad_norm"]) if cells["grad_norm"] else None,
@@ -123,7 +127,7 @@ class Verdict:
     """Where the loss ended.
 
     Attributes:
-        final_loss: Mean over the last tenth of the steps, at least ten.
+        final_loss: Mean over the answer tokens of the last tenth of the steps, at least ten steps.
         settled: It lies in the band and no longer moves.
         words: For people.
     """
@@ -133,21 +137,23 @@ class Verdict:
     words: str
 
 
-def judge(losses: Sequence[float], held_out: Sequence[float], band: LossBand) -> Verdict:
+def judge(rows: Sequence[LossRow], held_out: Sequence[float], band: LossBand) -> Verdict:
     """Say whether the training loss settled in its band.
 
+    Every answer token weighs the same, as in the held-out loss: batches hold rows of like length, so a batch
+    of very short answers has few tokens and often a high loss.
+
     Args:
-        losses: Training loss of every step.
+        rows: Every step.
         held_out: Held-out losses in the order in which they were measured.
         band: Where it should settle.
     """
-    count = min(len(losses), max(_END_STEPS, round(len(losses) * _END_SHARE)))
-    final = statistics.fmean(losses[-count:])
+    count = min(len(rows), max(_END_STEPS, round(len(rows) * _END_SHARE)))
+    final, noise = _mean(rows[-count:])
+    before, noise_before = _mean(rows[-2 * count : -count])
+    fall = before - final
+    falling = fall > max(_STILL_FALLING * final, 2 * math.hypot(noise, noise_before))
     where = f"the band {band.low:g} to {band.high:g}"
-    before = losses[-2 * count : -count]
-    falling = bool(before) and statistics.fmean(before) - final > _STILL_FALLING * max(final, 1e-9)
-    noise = statistics.stdev(losses[-2 * count :]) / count**0.5 if len(losses) > 2 else 0.0
-    falling = falling and statistics.fmean(before) - final > 2 * noise
     inside = band.low <= final <= band.high
     if final > band.high:
         words = f"ended at {final:.2f}, above {where}" + (
@@ -164,6 +170,16 @@ def judge(losses: Sequence[float], held_out: Sequence[float], band: LossBand) ->
     if len(held_out) > 1 and held_out[-1] > min(held_out) * 1.05:
         words += f"; held-out loss rose from {min(held_out):.2f} to {held_out[-1]:.2f}: likely overfitting"
     return Verdict(final, inside and not falling, words)
+
+
+def _mean(rows: Sequence[LossRow]) -> tuple[float, float]:
+    """Return the mean loss of the steps' answer tokens and its standard error; NaN for no steps."""
+    tokens = sum(row.answer_tokens for row in rows)
+    if not tokens:
+        return math.nan, math.nan
+    mean = sum(row.loss * row.answer_tokens for row in rows) / tokens
+    spread = sum((row.answer_tokens * (row.loss - mean)) ** 2 for row in rows)
+    return mean, math.sqrt(spread) / tokens
 
 
 def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path) -> None:
@@ -191,17 +207,17 @@ def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path)
         label=f"target band {band.low:g} to {band.high:g}",
     )
     axes.plot(steps, losses, color="#90a4ae", lw=0.9, label="training loss, each step")
-    axes.plot(steps, _smoothed(losses), color="#1565c0", lw=2.0, label="training loss, smoothed")
+    axes.plot(steps, _smoothed(rows), color="#1565c0", lw=2.0, label="training loss, smoothed")
     if held_out:
         axes.plot(
             *zip(*held_out, strict=True), color="#e65100", marker="o", ms=6, lw=1.4, label="held-out loss"
         )
-    highest = max([band.high * 1.3, *_smoothed(losses), *(loss for _, loss in held_out)])
+    highest = max([band.high * 1.3, *_smoothed(rows), *(loss for _, loss in held_out)])
     axes.set_ylim(0, min(max(losses), highest * 1.25) * 1.05)
     margin = 0.01 * (len(steps) + 1)
     axes.set_xlim(min(steps) - margin, max(steps) + margin)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("cross entropy per trained token (nats)")
+    axes.set_ylabel("cross entropy per answer token (nats)")
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -210,11 +226,11 @@ def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path)
     os.replace(part, path)
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """Return the exponential moving average, corrected for its start."""
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        result.append(average / weight)
+def _smoothed(rows: Sequence[LossRow]) -> list[float]:
+    """Return the moving average of the answer tokens' loss: exponential by steps, corrected for its start."""
+    total, weight, result = 0.0, 0.0, []
+    for row in rows:
+        total = _SMOOTHING * total + row.answer_tokens * row.loss
+        weight = _SMOOTHING * weight + row.answer_tokens
+        result.append(total / weight)
     return result

@@ -48,7 +48,7 @@ class StepReporter(TrainerCallback):
         self._trainer: AnswerTrainer | None = None
         self._pending: LossRow | None = None
         self._step_began = 0.0
-        self._seen = 0
+        self._seen = (0, 0)
 
     def watch(self, trainer: AnswerTrainer) -> None:
         """Say whose tokens to count."""
@@ -66,13 +66,16 @@ class StepReporter(TrainerCallback):
         if not logs or "loss" not in logs or self._trainer is None:
             return
         spent = time.perf_counter() - self._step_began
-        tokens, self._seen = self._trainer.trained_tokens_seen - self._seen, self._trainer.trained_tokens_seen
+        seen = (self._trainer.tokens_seen, self._trainer.answer_tokens_seen)
+        tokens, answer_tokens = seen[0] - self._seen[0], seen[1] - self._seen[1]
+        self._seen = seen
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + spent
         norm = logs.get("grad_norm")
         self._pending = LossRow(
             step=state.global_step,
             epoch=float(state.epoch or 0.0),
             loss=logs["loss"],
+            answer_tokens=answer_tokens,
             held_out_loss=None,
             learning_rate=logs.get("learning_rate", 0.0),
             grad_norm=norm if norm is not None and math.isfinite(norm) else None,

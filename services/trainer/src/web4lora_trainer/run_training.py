@@ -110,7 +110,7 @@ class TrainOutcome:
 
     Attributes:
         files: Path in the adapter artifact to the file on disk.
-        final_loss: Mean training loss over the last tenth of the steps.
+        final_loss: Mean training loss of the answer tokens of the last tenth of the steps.
         held_out_loss: The last one, or None.
         settled: The loss lies in its band and no longer moves.
         verdict: In words.
@@ -405,7 +405,7 @@ class _Run:
         export_state(asdict(trainer.state), output)
         shutil.copyfile(self._losses, output / "logs" / "loss.csv")
         held_out = [row.held_out_loss for row in log.rows if row.held_out_loss is not None]
-        verdict = judge([row.loss for row in log.rows], held_out, settings.loss_band)
+        verdict = judge(log.rows, held_out, settings.loss_band)
         title = f"LoRA on {self._base.source}: {verdict.words.split(';')[0]}"
         plot_losses(log.rows, settings.loss_band, title, output / "logs" / "loss.png")
         last = log.rows[-1]

@@ -126,7 +126,8 @@ class AnswerTrainer(SFTTrainer):
         self._plan = device
         self._tokens_per_batch = tokens_per_batch
         self._non_finite = 0
-        self.trained_tokens_seen = 0
+        self.tokens_seen = 0
+        self.answer_tokens_seen = 0
         super().__init__(
             model=model,
             args=args,
@@ -182,7 +183,8 @@ class AnswerTrainer(SFTTrainer):
         training = bool(model.training)
         loss, count = self._summed_loss(inputs)
         if training:
-            self.trained_tokens_seen += int(inputs["attention_mask"].sum())
+            self.tokens_seen += int(inputs["attention_mask"].sum())
+            self.answer_tokens_seen += count
             self._note(math.isfinite(loss.item()))
             if self._plan.dtype == "fp16":
                 loss = _ScaleGradient.apply(loss, _FP16_LOSS_SCALE)  # type: ignore[no-untyped-call]
