@@ -93,19 +93,19 @@ def _rows(path: Path, *texts: str) -> Path:
 def test_calibration_takes_rows_of_all_files_in_turn(tmp_path: Path) -> None:
     tokenizer = replace(TOKENIZER, chat_template=CHATML)
     files = [_rows(tmp_path / "a.jsonl", "1", "2", "3"), _rows(tmp_path / "b.jsonl", "x")]
-    assert calibration_text(tokenizer, files) == "<user>1</><user>x</><user>2</><user>3</>"
+    assert calibration_text(tokenizer, files, 100) == "<user>1</><user>x</><user>2</><user>3</>"
 
 
 def test_calibration_is_bounded(tmp_path: Path) -> None:
     text = calibration_text(
-        replace(TOKENIZER, chat_template=CHATML), [_rows(tmp_path / "a.jsonl", *["y" * 100_000] * 30)]
+        replace(TOKENIZER, chat_template=CHATML), [_rows(tmp_path / "a.jsonl", *["y" * 10_000] * 30)], 10
     )
-    assert 1 << 20 <= len(text) < (1 << 20) + 100_100
+    assert 10 * 512 * 8 <= len(text) < 10 * 512 * 8 + 10_100
 
 
 def test_calibration_needs_rows(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="no training rows"):
-        calibration_text(TOKENIZER, [])
+        calibration_text(TOKENIZER, [], 100)
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(InvalidInput, match=r"bad\.jsonl:1"):
-        calibration_text(TOKENIZER, [tmp_path / "bad.jsonl"])
+        calibration_text(TOKENIZER, [tmp_path / "bad.jsonl"], 100)

@@ -36,6 +36,7 @@ def test_defaults() -> None:
         False,
         None,
     )
+    assert spec.importance_matrix_chunks == 100
     assert spec.context_for(8192) == 4096
     assert spec.context_for(2048) == 2048
     assert spec.context_for(None) == 4096
@@ -63,6 +64,7 @@ def test_a_context_beyond_the_model_is_refused() -> None:
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 2.5}, "temperature"),
         ({"importance_matrix": True}, "importance_matrix"),
+        ({"importance_matrix_chunks": 0}, "importance_matrix_chunks"),
     ],
 )
 def test_errors_name_the_field(package: dict[str, Any], field: str) -> None:

@@ -56,6 +56,7 @@ _PACKAGE: Mapping[str, Rule] = {
     "context_tokens": Number(4096, low=128, high=1 << 20),
     "temperature": Number(0, low=0, high=2),
     "importance_matrix": Flag(False),
+    "importance_matrix_chunks": Number(100, low=1, high=10_000),
 }
 _DEPLOY: Mapping[str, Rule] = {
     "target": Choice("auto", ("auto", "ollama", "docker", "llama-server")),

@@ -201,13 +201,15 @@ class Packaging:
 
     def _matrix(self) -> Path:
         target = self._work / "importance_matrix.gguf"
+        chunks = self._spec.importance_matrix_chunks
 
         def make() -> dict[str, object]:
             text = self._work / "calibration.txt"
-            text.write_text(calibration_text(self._tokenizer, self._training), encoding="utf-8")
+            text.write_text(calibration_text(self._tokenizer, self._training, chunks), encoding="utf-8")
             importance_matrix(
-                self._llama, self._work / REFERENCE_NAME, text, target, log=self._log, report=self._report
-            )
+                self._llama, self._work / REFERENCE_NAME, text, target,
+                chunks=chunks, log=self._log, report=self._report,
+            )  # fmt: skip
             return {}
 
         self._steps.do("importance-matrix", target, make)

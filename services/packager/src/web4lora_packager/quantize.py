@@ -30,8 +30,7 @@ _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+\S+\s+-\s+\[([\d,\s]+)\]")
 _CHUNKS = re.compile(r"computing over (\d+) chunks.*n_seq=(\d+)")
 _PASS = re.compile(r"([\d.]+) seconds per pass")
 _CHUNK_TOKENS = 512
-_MATRIX_CHUNKS = 24
-_MATRIX_CHARACTERS = 1 << 20
+_MOST_CHARACTERS_PER_TOKEN = 8  # of a large vocabulary, over a whole text
 
 
 def quantize(
@@ -86,6 +85,7 @@ def importance_matrix(
     text: Path,
     target: Path,
     *,
+    chunks: int,
     log: Path,
     report: Callable[[Progress], None],
 ) -> None:
@@ -96,6 +96,7 @@ def importance_matrix(
         reference: The 16-bit GGUF.
         text: Conversations as the model reads them, see `calibration_text`.
         target: The file to write; replaced at once when done.
+        chunks: How much of the text is read, in chunks of 512 tokens.
         log: Its output is appended here.
         report: Takes progress: phase "importance matrix", in chunks of 512 tokens, with
             the time left as it was after the first ones.
@@ -120,18 +121,19 @@ def importance_matrix(
     part = target.with_name(f"part-{target.name}")
     command: list[str | Path] = [
         llama.imatrix, "-m", reference, "-f", text, "-o", part, "--parse-special", "--no-ppl",
-        "-c", str(_CHUNK_TOKENS), "--chunks", str(_MATRIX_CHUNKS),
+        "-c", str(_CHUNK_TOKENS), "--chunks", str(chunks),
     ]  # fmt: skip
     _check(follow(command, log, on_line), "llama-imatrix", log)
     part.replace(target)
 
 
-def calibration_text(tokenizer: Tokenizer, files: Iterable[Path]) -> str:
-    """Return training conversations as the model reads them, about a megabyte, spread over all files.
+def calibration_text(tokenizer: Tokenizer, files: Iterable[Path], chunks: int) -> str:
+    """Return training conversations as the model reads them, spread over all files.
 
     Args:
         tokenizer: Brings the chat template.
         files: The training data's JSON Lines files; evaluation data stays out.
+        chunks: Chunks of 512 tokens that the text should suffice for.
 
     Raises:
         InvalidInput: There is nothing to render.
@@ -139,7 +141,8 @@ def calibration_text(tokenizer: Tokenizer, files: Iterable[Path]) -> str:
     rows = [_conversations(path) for path in files]
     pieces: list[str] = []
     characters = 0
-    while rows and characters < _MATRIX_CHARACTERS:  # a row of each file in turn
+    wanted = chunks * _CHUNK_TOKENS * _MOST_CHARACTERS_PER_TOKEN
+    while rows and characters < wanted:  # a row of each file in turn
         row = rows.pop(0)
         messages = next(row, None)
         if messages is None:

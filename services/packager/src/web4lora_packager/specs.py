@@ -15,6 +15,8 @@ from web4lora_packager.quantize import NEED_MATRIX, TYPES
 _GGUF_TYPES = ("auto", "F16", "BF16")
 _DEFAULT_CONTEXT_TOKENS = 4096
 _MAX_TEMPERATURE = 2.0
+_DEFAULT_MATRIX_CHUNKS = 100
+_MAX_MATRIX_CHUNKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class PackageSpec:
         context_tokens: Context length for the Modelfile; None takes 4096, or the model's own when shorter.
         temperature: Sampling temperature for the Modelfile.
         importance_matrix: Quantize with an importance matrix.
+        importance_matrix_chunks: Its calibration text, in chunks of 512 tokens.
     """
 
     name: str
@@ -42,6 +45,7 @@ class PackageSpec:
     context_tokens: int | None
     temperature: float
     importance_matrix: bool
+    importance_matrix_chunks: int
 
     def context_for(self, model_tokens: int | None) -> int:
         """Return the context length for a model that was trained for `model_tokens`.
@@ -79,6 +83,11 @@ def spec_of(message: packager_pb2.PackageSpec) -> PackageSpec:
     quantizations = tuple(name.upper() for name in asked.quantizations) or ("Q4_K_M",)
     gguf_type = asked.gguf_type if asked.HasField("gguf_type") else "auto"
     temperature = asked.temperature if asked.HasField("temperature") else 0.0
+    chunks = (
+        asked.importance_matrix_chunks
+        if asked.HasField("importance_matrix_chunks")
+        else _DEFAULT_MATRIX_CHUNKS
+    )
     for name in quantizations:
         if name not in TYPES:
             raise _invalid("quantizations", f"{name!r} is none of {', '.join(TYPES)}")
@@ -92,6 +101,8 @@ def spec_of(message: packager_pb2.PackageSpec) -> PackageSpec:
         raise _invalid("context_tokens", f"{asked.context_tokens} is less than 1")
     if not 0.0 <= temperature <= _MAX_TEMPERATURE:
         raise _invalid("temperature", f"{temperature:g} is not within 0 and {_MAX_TEMPERATURE:g}")
+    if not 1 <= chunks <= _MAX_MATRIX_CHUNKS:
+        raise _invalid("importance_matrix_chunks", f"{chunks} is not within 1 and {_MAX_MATRIX_CHUNKS}")
     if asked.importance_matrix and dataset is None:
         raise _invalid("importance_matrix", "it is made from the training data: name the dataset too")
     return PackageSpec(
@@ -104,6 +115,7 @@ def spec_of(message: packager_pb2.PackageSpec) -> PackageSpec:
         context_tokens=asked.context_tokens if asked.HasField("context_tokens") else None,
         temperature=temperature,
         importance_matrix=asked.importance_matrix,
+        importance_matrix_chunks=chunks,
     )
 
 
