@@ -94,3 +94,24 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         """See the contract."""
         deployments = await self._workers.deployments()
         return gateway_pb2.GatewayServiceListDeploymentsResponse(deployments=deployments)
+
+    async def CreateDeployerJob(
+        self, request: gateway_pb2.GatewayServiceCreateDeployerJobRequest, _: Context
+    ) -> gateway_pb2.GatewayServiceCreateDeployerJobResponse:
+        """See the contract."""
+        job = await self._workers.create_deployer_job(request.request)
+        return gateway_pb2.GatewayServiceCreateDeployerJobResponse(job=job)
+
+    async def WatchDeployerJob(
+        self, request: gateway_pb2.GatewayServiceWatchDeployerJobRequest, _: Context
+    ) -> AsyncIterator[gateway_pb2.GatewayServiceWatchDeployerJobResponse]:
+        """See the contract."""
+        async for job in self._workers.deployer.watch(request.id):
+            yield gateway_pb2.GatewayServiceWatchDeployerJobResponse(job=job)
+
+    async def CancelDeployerJob(
+        self, request: gateway_pb2.GatewayServiceCancelDeployerJobRequest, _: Context
+    ) -> gateway_pb2.GatewayServiceCancelDeployerJobResponse:
+        """See the contract."""
+        job = await self._workers.deployer.cancel(request.id)
+        return gateway_pb2.GatewayServiceCancelDeployerJobResponse(job=job)

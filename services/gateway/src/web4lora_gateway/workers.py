@@ -182,6 +182,13 @@ class Workers:
         answer = await self.deployer._call("ListDeployments", deployer_pb2.ListDeploymentsRequest())
         return list(answer.deployments)
 
+    async def create_deployer_job(
+        self, request: deployer_pb2.CreateDeployerJobRequest
+    ) -> deployer_pb2.DeployerJob:
+        """Create a job of the deployer as a client asked for it; errors as for `Worker.create`."""
+        job: deployer_pb2.DeployerJob = (await self.deployer._call("CreateDeployerJob", request)).job
+        return job
+
     async def close(self) -> None:
         """Close the channels."""
         for channel in self._channels:

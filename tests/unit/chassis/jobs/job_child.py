@@ -91,6 +91,12 @@ def hang(context: JobContext) -> Mapping[str, Any]:
         Path(context.spec["pids"] + ".cleaned").touch()
 
 
+def hold(context: JobContext) -> Mapping[str, Any]:
+    """Say how long each secret is, and that none is in the environment."""
+    seen = any(secret in text for secret in context.secrets.values() for text in os.environ.values())
+    return {"lengths": {name: len(value) for name, value in context.secrets.items()}, "in_env": seen}
+
+
 def fork(context: JobContext) -> Mapping[str, Any]:
     """Leave a forked grandchild behind that holds our pipes open."""
     if os.fork() == 0:
@@ -113,6 +119,7 @@ if __name__ == "__main__":
                 "raise_memory_error": raise_memory_error,
                 "hang": hang,
                 "fork": fork,
+                "hold": hold,
             }
         )
     )

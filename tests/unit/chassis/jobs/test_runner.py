@@ -350,3 +350,22 @@ def test_many_jobs_load_and_list(tmp_path: Path) -> None:
             return [record.id for record in runner.list()]
 
     assert asyncio.run(main()) == [f"j{number}" for number in reversed(range(300))]
+
+
+def test_secrets_reach_the_child_and_no_file(tmp_path: Path) -> None:
+    secret = "key-" + os.urandom(8).hex()
+
+    async def main() -> JobRecord:
+        async with running(tmp_path) as runner:
+            record = await runner.create("hold", "r", {"api_key": "name of it"}, {"api_key": secret})
+            return await ended(runner, record.id)
+
+    last = asyncio.run(main())
+    assert last.result == {"lengths": {"api_key": len(secret)}, "in_env": False}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not any(secret.encode() in path.read_bytes() for path in files)
+
+
+def test_a_job_without_secrets_gets_none(tmp_path: Path) -> None:
+    assert asyncio.run(one(tmp_path, "hold")).result == {"lengths": {}, "in_env": False}

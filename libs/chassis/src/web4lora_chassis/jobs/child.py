@@ -16,12 +16,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from web4lora_chassis.errors import OutOfMemory, Web4Error
-from web4lora_chassis.jobs.record import LESS_MEMORY, JobFailure, JobRecord, Progress
+from web4lora_chassis.jobs.record import LESS_MEMORY, SECRETS_VARIABLE, JobFailure, JobRecord, Progress
 
 _PROGRESS_INTERVAL_SECONDS = 0.2
 
@@ -61,6 +61,7 @@ class JobContext:
         memory_failures: How often this job ended for want of memory.
         work_dir: A folder that is kept from attempt to attempt, and removed when the job has ended.
         report: Passes progress on; cheap to call often.
+        secrets: What the creator of the job handed over besides its spec; empty after the service restarted.
     """
 
     id: str
@@ -69,6 +70,7 @@ class JobContext:
     memory_failures: int
     work_dir: Path
     report: Callable[[Progress], None]
+    secrets: Mapping[str, str] = field(default_factory=dict)
 
 
 Handler = Callable[[JobContext], Mapping[str, Any]]
@@ -86,6 +88,7 @@ def worker_main(handlers: Mapping[str, Handler]) -> int:
     """
     events = _Events(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(2, 1)  # whatever libraries print belongs in the log
+    secrets = _secrets()
     threading.Thread(target=_end_with_the_service, daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` blocks run on cancel
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -96,7 +99,7 @@ def worker_main(handlers: Mapping[str, Handler]) -> int:
     work_dir = job_dir / "work"
     work_dir.mkdir(exist_ok=True)
     context = JobContext(
-        record.id, record.spec, record.attempt, record.memory_failures, work_dir, events.progress
+        record.id, record.spec, record.attempt, record.memory_failures, work_dir, events.progress, secrets
     )
     with alone:
         return _work(handlers[record.kind], context, events, job_dir / "log.txt")
@@ -134,6 +137,20 @@ def _wait_until_alone(job_dir: Path) -> IO[bytes]:
     file = (job_dir / "lock").open("wb")
     fcntl.flock(file, fcntl.LOCK_EX)
     return file
+
+
+def _secrets() -> Mapping[str, str]:
+    """Read what the service hands over: the first line of standard input, which nobody else can see."""
+    if os.environ.pop(SECRETS_VARIABLE, "") != "stdin":
+        return {}
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:  # the service is gone; `_end_with_the_service` sees that too
+            return {}
+        line += byte
+    held: Mapping[str, str] = json.loads(line)
+    return held
 
 
 def _end_with_the_service() -> None:

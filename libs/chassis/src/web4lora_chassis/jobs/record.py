@@ -14,6 +14,8 @@ from typing import Any, Self
 from web4lora_chassis.errors import Web4Error
 
 LESS_MEMORY = "Close other programs, or choose a smaller base model or tokens_per_batch."
+SECRETS_VARIABLE = "WEB4LORA_JOB_SECRETS"
+"""Set for a child whose service writes the job's secrets, a line of JSON, to its standard input."""
 
 
 class JobState(StrEnum):

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from web4lora_chassis.errors import AlreadyExists, InvalidInput, NotFound, disk_error
-from web4lora_chassis.jobs.record import LESS_MEMORY, JobFailure, JobRecord, JobState, Progress
+from web4lora_chassis.jobs.record import (
+    LESS_MEMORY,
+    SECRETS_VARIABLE,
+    JobFailure,
+    JobRecord,
+    JobState,
+    Progress,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +70,7 @@ class JobRunner:
         self._slots = asyncio.Semaphore(concurrency)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._children: dict[str, asyncio.subprocess.Process] = {}
+        self._secrets: dict[str, Mapping[str, str]] = {}
         self._terminations: set[asyncio.Task[None]] = set()
         self._stopping = False
 
@@ -91,13 +99,17 @@ class JobRunner:
             task.cancel()
         await asyncio.gather(*tasks, *self._terminations, return_exceptions=True)
 
-    async def create(self, kind: str, request_id: str, spec: Mapping[str, Any]) -> JobRecord:
+    async def create(
+        self, kind: str, request_id: str, spec: Mapping[str, Any], held: Mapping[str, str] | None = None
+    ) -> JobRecord:
         """Accept a job; it is on disk when this returns.
 
         Args:
             kind: Which handler does it.
             request_id: The caller's key, 1 to 200 characters: the same key and spec give the same job again.
             spec: What to do, as JSON data.
+            held: Secrets for the handler. They stay in memory: a job that is taken up after a restart of the
+                service is without them.
 
         Raises:
             InvalidInput: A request_id of the wrong length.
@@ -128,6 +140,8 @@ class JobRunner:
             raise disk_error(error, folder) from error
         self._jobs[job_id] = record
         self._by_request[request_id] = job_id
+        if held:
+            self._secrets[job_id] = dict(held)
         self._schedule(job_id)
         return record
 
@@ -205,13 +219,17 @@ class JobRunner:
             started_at=record.started_at or time.time(),
             progress=Progress(phase="start"),
         )
+        held = self._secrets.get(job_id)
         with (folder / "log.txt").open("ab") as log_file:
             child = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", self._module, str(folder),
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log_file,
-                env=self._env, start_new_session=True, limit=_EVENT_LIMIT_BYTES,
+                env={**self._env, SECRETS_VARIABLE: "stdin"} if held else self._env,
+                start_new_session=True, limit=_EVENT_LIMIT_BYTES,
             )  # fmt: skip
         self._children[job_id] = child
+        if held:
+            await _hand_over(child, held)
         if self._jobs[job_id].state is JobState.CANCELLING:  # asked for while the child was being started
             self._begin_termination(child)
         outcome: dict[str, Any] = {}
@@ -268,6 +286,7 @@ class JobRunner:
     async def _end(self, job_id: str, **fields: Any) -> None:
         """Bring a job into a terminal state and remove its working files."""
         self._update(job_id, ended_at=time.time(), **fields)
+        self._secrets.pop(job_id, None)
         if self._jobs[job_id].state is not JobState.FAILED:  # a failed job's files may explain it
             await asyncio.to_thread(shutil.rmtree, self._root / job_id / "work", ignore_errors=True)
 
@@ -316,6 +335,14 @@ def _event(line: bytes) -> dict[str, Any]:
         return {}
     known = isinstance(event, dict) and event.keys() & {"progress", "result", "error"}
     return event if known else {}
+
+
+async def _hand_over(child: asyncio.subprocess.Process, held: Mapping[str, str]) -> None:
+    """Write a job's secrets to its child's standard input, which stays open: its end tells of ours."""
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(dict(held)).encode() + b"\n")
+    with contextlib.suppress(ConnectionError):  # it has ended already, which its exit code tells
+        await child.stdin.drain()
 
 
 async def _exited(child: asyncio.subprocess.Process) -> int:

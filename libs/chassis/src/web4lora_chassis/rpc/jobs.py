@@ -109,14 +109,16 @@ class JobApi(Generic[M]):
         self._check = check
 
     async def create(self, request: Any) -> M:
-        """Create the job that a Create request describes: the one field besides request_id that is set."""
-        kinds = [field.name for field, _ in request.ListFields() if field.name != "request_id"]
+        """Create the job that a Create request describes: the one spec that is set."""
+        set_fields = [field.name for field, _ in request.ListFields()]
+        kinds = [name for name in set_fields if name not in ("request_id", "secrets")]
         if len(kinds) != 1:
             raise InvalidInput("The request names no work: set exactly one spec.", metadata={"field": "spec"})
         kind = kinds[0]
         spec = getattr(request, kind)
         self._check(kind, spec)
-        return self._message(await self._runner.create(kind, request.request_id, to_json(spec)))
+        held = dict(getattr(request, "secrets", {}))
+        return self._message(await self._runner.create(kind, request.request_id, to_json(spec), held))
 
     def get(self, job_id: str) -> M:
         """Return a job."""
