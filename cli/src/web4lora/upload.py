@@ -13,7 +13,7 @@ from web4lora_chassis.errors import InvalidInput, NotFound
 from web4lora.home import short
 
 _SUITE_LIMIT_BYTES = 1 << 20
-_FILE_KEYS = ("prompts", "rules")
+_FILE_KEYS = ("prompts", "rules", "json_schema")
 
 
 def store_dataset(
@@ -74,7 +74,7 @@ def store_suite(store: ArtifactStore, name: str, suite_file: Path) -> ArtifactRe
 
 
 def named_files(suite_file: Path) -> list[str]:
-    """Return the files that a suite names, as it names them: the prompts and rules of its cores.
+    """Return the files that a suite names, as it names them: the prompts, rules and schemas of its cores.
 
     Raises:
         InvalidInput: The file is not YAML.

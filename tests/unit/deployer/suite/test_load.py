@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from web4lora_chassis.errors import InvalidInput, NotFound
 from web4lora_deployer.suite import load_suite
+from web4lora_deployer.suite.tool_call import ANY_CALL
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "web4"
 SUITE = """name: mine
@@ -186,3 +187,37 @@ def test_a_rule_file(tmp_path: Path) -> None:
 )
 def test_a_wrong_rule_file(tmp_path: Path, rules: str, message: str) -> None:
     assert problem(style_suite(tmp_path, rules)).startswith(message)
+
+
+TOOL = SUITE.replace("guardrail", "tool_call", 1).replace("check: guardrail", "check: tool_call")
+
+
+def tool_folder(path: Path, more: str = "", schema: str = "") -> Path:
+    rows = row(core="tool_call", check={"tool": "a", "args": {}})
+    if schema:
+        (path / "calls.json").write_text(schema, encoding="utf-8")
+    return folder(path, f"{TOOL}{more}", rows)
+
+
+def test_constrained_tool_calls_and_repeats(tmp_path: Path) -> None:
+    suite = load_suite(tool_folder(tmp_path, "    constrained: true\nrepeats: 3\nllama_bench: true\n"))
+    assert (suite.repeats, suite.llama_bench) == (3, True)
+    assert suite.cores[0].json_schema == ANY_CALL
+    assert "tool_call_constrained.valid" in suite.score_names
+    assert suite.core_of_score("tool_call_constrained.exact") == suite.cores[0]
+    plain = load_suite(tool_folder(tmp_path))
+    assert (plain.repeats, plain.llama_bench, plain.cores[0].json_schema) == (1, False, None)
+
+
+def test_a_schema_of_ones_own(tmp_path: Path) -> None:
+    more = "    constrained: true\n    json_schema: calls.json\n"
+    suite = load_suite(tool_folder(tmp_path, more, '{"type": "object"}'))
+    assert suite.cores[0].json_schema == {"type": "object"}
+    assert suite.digest != load_suite(tool_folder(tmp_path, more, '{"type": "array"}')).digest
+    assert problem(tool_folder(tmp_path, more, "[1]")) == "calls.json: a JSON Schema is an object."
+    alone = tool_folder(tmp_path, "    json_schema: calls.json\n", "{}")
+    assert "set `constrained: true` too" in problem(alone)
+
+
+def test_only_tool_calls_are_constrained(tmp_path: Path) -> None:
+    assert "only the check tool_call" in problem(folder(tmp_path, f"{SUITE}    constrained: true\n"))

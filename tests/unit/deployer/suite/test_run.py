@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import itertools
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from web4lora_chassis.errors import FailedPrecondition
 from web4lora_chassis.jobs import Progress
-from web4lora_deployer.suite import Endpoint, Suite, load_suite, run_suite
+from web4lora_deployer.suite import Endpoint, Suite, load_suite, run_suite, score_suite
+from web4lora_deployer.suite.tool_call import ANY_CALL
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "web4"
 
@@ -127,3 +130,71 @@ def test_an_unknown_context_is_said(suite: Suite, chat_server: Any) -> None:
     result = run_suite(suite, Endpoint(chat_server.url, "m"), max_parallel=4)
     assert any("no long prompt" in note for note in result.notes)
     assert len(result.robustness) == 4
+
+
+def test_repeats_ask_everything_again_and_keep_what_differs(suite: Suite, chat_server: Any) -> None:
+    fickle = suite.prompts[0]
+    answer, asked = oracle(suite), itertools.count(1)
+
+    def respond(handler: Any, body: Any) -> None:
+        if body["messages"][-1]["content"] == fickle.question and next(asked) == 2:
+            handler.say("something else")
+        else:
+            answer(handler, body)
+
+    chat_server.respond = respond
+    result = run_suite(
+        replace(suite, repeats=3), Endpoint(chat_server.url, "m"), max_parallel=4, extras=False
+    )
+    assert len(chat_server.requests) == 300
+    assert [[a.id for a in asked] for asked in result.passes] == [[p.id for p in suite.prompts]] * 3
+    shares = result.outcomes("tool_call.valid")
+    assert shares.pop(fickle.id) == pytest.approx(2 / 3)
+    assert set(shares.values()) == {1.0}
+    score = score_suite(suite, result, None, None)[0]
+    assert (score.name, score.prompts) == ("tool_call.valid", 40)
+    assert score.deployed_percent == pytest.approx(100 * (39 + 2 / 3) / 40)
+
+
+def constrained(suite: Suite) -> Suite:
+    cores = [replace(c, json_schema=ANY_CALL) if c.name == "tool" else c for c in suite.cores]
+    return replace(suite, cores=tuple(cores))
+
+
+def test_constrained_answers_have_scores_of_their_own(suite: Suite, chat_server: Any) -> None:
+    answer = oracle(suite)
+
+    def respond(handler: Any, body: Any) -> None:
+        if "response_format" not in body and body["max_tokens"] == suite.core("tool").max_tokens:
+            handler.say("I would rather not.")
+        else:
+            answer(handler, body)
+
+    chat_server.respond = respond
+    result = run_suite(constrained(suite), Endpoint(chat_server.url, "m"), max_parallel=4, extras=False)
+    scores = {s.name: s.deployed_percent for s in score_suite(constrained(suite), result, result, None)}
+    assert (scores["tool_call.valid"], scores["tool_call_constrained.valid"]) == (0, 100)
+    assert scores["tool_call_constrained.exact"] == 100
+    asked = [body["response_format"] for body in chat_server.requests if "response_format" in body]
+    assert len(asked) == 40
+    assert asked[0]["json_schema"]["schema"] == ANY_CALL
+    assert list(scores)[:4] == [
+        "tool_call.valid", "tool_call.right_tool", "tool_call.exact", "tool_call_constrained.valid",
+    ]  # fmt: skip
+
+
+def test_a_server_without_schemas_is_said_so(suite: Suite, chat_server: Any) -> None:
+    answer = oracle(suite)
+
+    def respond(handler: Any, body: Any) -> None:
+        if "response_format" in body:
+            handler.fail(400, "response_format is unknown")
+        else:
+            answer(handler, body)
+
+    chat_server.respond = respond
+    result = run_suite(constrained(suite), Endpoint(chat_server.url, "m"), max_parallel=4, extras=False)
+    assert result.constrained == ()
+    assert any("response_format is unknown" in note for note in result.notes)
+    names = [score.name for score in score_suite(constrained(suite), result, None, None)]
+    assert not any("constrained" in name for name in names)

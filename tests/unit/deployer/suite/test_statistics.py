@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import math
+from random import Random
 
 import pytest
 from web4lora_deployer.suite.statistics import (
     Z_95,
+    clustered_drop_interval,
+    clustered_interval,
     paired_difference_interval,
     prompts_to_settle,
     tango_score,
@@ -86,3 +89,46 @@ def test_prompts_to_settle_is_the_smallest_number_that_does() -> None:
     assert needed == 189
     assert paired_difference_interval(0, 0, needed).high <= 0.02
     assert paired_difference_interval(0, 0, needed - 1).high > 0.02
+
+
+def test_prompts_asked_once_get_the_plain_intervals() -> None:
+    shares = [1.0] * 15 + [0.0] * 5
+    assert clustered_interval(shares, 1) == wilson_interval(15, 20)
+    before, now = [1.0] * 18 + [0.0] * 2, [1.0] * 15 + [0.0] * 4 + [1.0]
+    assert clustered_drop_interval(before, now, 1) == paired_difference_interval(3, 1, 20)
+
+
+def test_repeats_that_agree_tell_nothing_new() -> None:
+    # The variance between prompts divides by n - 1, so the effective number may not exceed n either way.
+    shares = [1.0] * 15 + [0.0] * 5
+    assert clustered_interval(shares, 5) == wilson_interval(15, 20)
+    assert clustered_interval([1.0] * 20, 5) == wilson_interval(20, 20)
+
+
+def test_repeats_that_vary_like_coins_count_as_answers() -> None:
+    # Each of 20 prompts passed 2 of 4 times: no prompt differs from another.
+    assert clustered_interval([0.5] * 20, 4) == wilson_interval(40, 80)
+
+
+def test_clustered_intervals_hold_their_level() -> None:
+    # Prompts have chances of their own to pass; three repeats each. A plain interval over all 90 answers
+    # would hold the truth too rarely. Seeded, so the shares are always the same.
+    random = Random(20261122)
+    prompts, repeats, rounds = 30, 3, 1500
+    truth = 0.7  # mean of the chances below
+    clustered = plain = paired = 0
+    for _ in range(rounds):
+        chances = [random.choice((0.1, 0.9, 0.9, 0.9)) for _ in range(prompts)]
+        shares, others = (
+            [sum(random.random() < chance for _ in range(repeats)) / repeats for chance in chances]
+            for _ in range(2)
+        )
+        own = clustered_interval(shares, repeats)
+        clustered += own.low <= truth <= own.high
+        every = wilson_interval(sum(shares) * repeats, prompts * repeats)
+        plain += every.low <= truth <= every.high
+        drop = clustered_drop_interval(shares, others, repeats)
+        paired += drop.low <= 0 <= drop.high
+    assert clustered / rounds == pytest.approx(0.95, abs=0.02)
+    assert plain / rounds < 0.85
+    assert 0.93 <= paired / rounds <= 1

@@ -84,12 +84,18 @@ class ChatClient:
         """Close all connections; requests under way fail."""
         self._http.close()
 
-    def ask(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Reply:
+    def ask(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        max_tokens: int,
+        json_schema: Mapping[str, Any] | None = None,
+    ) -> Reply:
         """Send one conversation and read the answer to its end.
 
         Args:
             messages: Role and content, in order.
             max_tokens: Where the answer is cut off; also when the server doesn't do so.
+            json_schema: The server may only give an answer that fits it; None leaves it free.
 
         Returns:
             The reply; `refused` is set when the server takes this prompt for invalid, for example too long.
@@ -98,7 +104,7 @@ class ChatClient:
             Unavailable: It could not be reached, or failed, at each of several attempts.
             FailedPrecondition: It refuses every request: unknown model, wrong token, no such API.
         """
-        body = {
+        body: dict[str, Any] = {
             "model": self._endpoint.model,
             "messages": [dict(message) for message in messages],
             "max_tokens": max_tokens,
@@ -108,6 +114,9 @@ class ChatClient:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if json_schema is not None:
+            form = {"name": "answer", "strict": True, "schema": dict(json_schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
         problem = ""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
@@ -224,4 +233,12 @@ def _read_stream(events: Iterator[dict[str, Any]], started: float, max_tokens: i
         seconds=ended - started,
         tokens_per_second=speed or measured,
         timed_by_server=speed > 0,
+        cached_tokens=_cached_tokens(usage, timings),
     )
+
+
+def _cached_tokens(usage: Mapping[str, Any], timings: Mapping[str, Any]) -> int | None:
+    """Return how many of the prompt's tokens were not read anew; None when the server doesn't tell."""
+    told = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    told = timings.get("cache_n") if told is None else told
+    return None if told is None else int(told)

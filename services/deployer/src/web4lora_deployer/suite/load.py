@@ -16,6 +16,7 @@ from web4lora_deployer.suite.graders import GRADERS, Grader
 from web4lora_deployer.suite.spec import Core, LatencySpec, Prompt, RobustnessSpec, Suite
 from web4lora_deployer.suite.strict_yaml import StrictModel, parse_yaml
 from web4lora_deployer.suite.style import RULE_NAMES, StyleRules
+from web4lora_deployer.suite.tool_call import ANY_CALL
 
 SUITE_FILE = "suite.yaml"
 _MAX_FILE_BYTES = 64 * 2**20
@@ -29,6 +30,8 @@ class _CoreFile(StrictModel):
     max_tokens: Annotated[int, Field(ge=1, le=32768)]
     title: str = ""
     rules: str = ""
+    constrained: bool = False
+    json_schema: str = ""
 
 
 class _RobustnessFile(StrictModel):
@@ -56,6 +59,8 @@ class _SuiteFile(StrictModel):
     cores: Annotated[dict[str, _CoreFile], Field(min_length=1)]
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 300.0
+    repeats: Annotated[int, Field(ge=1, le=100)] = 1
+    llama_bench: bool = False
     robustness: _RobustnessFile | None = None
     latency: _LatencyFile | None = None
 
@@ -105,7 +110,8 @@ def load_suite(folder: Path) -> Suite:
                 fix="Make them one core: `prompts` may be a list of files.",
             )
         rules = _read_rules(content, folder, name, core)
-        cores.append(Core(name, core.title or name, core.check, core.max_tokens, rules))
+        schema = _read_schema(content, folder, name, core)
+        cores.append(Core(name, core.title or name, core.check, core.max_tokens, rules, schema))
         for file in [core.prompts] if isinstance(core.prompts, str) else core.prompts:
             text = content.read(file, named_by=f"cores.{name}.prompts")
             prompts.extend(_read_prompts(text, folder / file, name, GRADERS[core.check], seen))
@@ -118,6 +124,8 @@ def load_suite(folder: Path) -> Suite:
         latency=_latency(spec.latency),
         robustness=_robustness(spec.robustness),
         digest=content.digest(),
+        repeats=spec.repeats,
+        llama_bench=spec.llama_bench,
     )
 
 
@@ -178,6 +186,27 @@ def _read_rules(content: _Files, folder: Path, name: str, core: _CoreFile) -> St
         quotes=spec.quotes,
         extra_methods=spec.extra_methods,
     )
+
+
+def _read_schema(content: _Files, folder: Path, name: str, core: _CoreFile) -> Mapping[str, Any] | None:
+    """Return the schema that constrained answers are held to; None when the core asks for none."""
+    where = f"{folder / SUITE_FILE}: cores.{name}"
+    if core.constrained and core.check != "tool_call":
+        raise InvalidInput(f"{where}.constrained: only the check tool_call has answers that a schema fits.")
+    if core.json_schema and not core.constrained:
+        raise InvalidInput(f"{where}.json_schema: set `constrained: true` too, or leave it out.")
+    if not core.constrained:
+        return None
+    if not core.json_schema:
+        return ANY_CALL
+    text = content.read(core.json_schema, named_by=f"cores.{name}.json_schema")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{folder / core.json_schema}: not JSON: {shorten(error)}.") from error
+    if not isinstance(schema, dict):
+        raise InvalidInput(f"{folder / core.json_schema}: a JSON Schema is an object.")
+    return schema
 
 
 def _read_prompts(text: str, path: Path, core: str, grader: Grader, seen: dict[str, str]) -> list[Prompt]:

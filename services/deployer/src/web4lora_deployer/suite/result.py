@@ -23,6 +23,7 @@ class Reply:
         timed_by_server: Whether that speed is the server's own figure, else measured here.
         attempts: 1, and more when the request had to be repeated.
         refused: What the server said when it refused the request as such; then there is no answer.
+        cached_tokens: Tokens of the prompt that the server had read before; None when it doesn't tell.
     """
 
     text: str = ""
@@ -35,6 +36,7 @@ class Reply:
     timed_by_server: bool = False
     attempts: int = 1
     refused: str = ""
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class SuiteResult:
     """What running a suite found.
 
     Attributes:
-        answers: One for each prompt, in the suite's order.
+        answers: One for each prompt, in the suite's order: what it answered first.
+        repeats: The answers when the prompts were asked again, each time in the suite's order.
+        constrained: Answers of which the server allowed only such as fit a schema; graded apart.
         robustness: Answers to the odd prompts; their core is "robustness".
         latency: One for each number of requests at once; empty when it wasn't measured.
         memory_bytes: Largest resident memory of the runtime seen meanwhile; 0 when unknown.
@@ -96,17 +100,38 @@ class SuiteResult:
     seconds: float = 0.0
     parallel: int = 1
     notes: tuple[str, ...] = ()
+    repeats: tuple[tuple[Answer, ...], ...] = ()
+    constrained: tuple[Answer, ...] = ()
+
+    @property
+    def passes(self) -> tuple[tuple[Answer, ...], ...]:
+        """The answers of each time that the prompts were asked, in order; `seconds` is for all."""
+        return (self.answers, *self.repeats)
 
     @property
     def retries(self) -> int:
         """Requests that had to be repeated."""
-        return sum(answer.reply.attempts - 1 for answer in (*self.answers, *self.robustness))
+        all_answers = (*(a for asked in self.passes for a in asked), *self.constrained, *self.robustness)
+        return sum(answer.reply.attempts - 1 for answer in all_answers)
 
     @property
     def output_tokens(self) -> int:
-        """Tokens of all answers."""
-        return sum(answer.reply.output_tokens for answer in self.answers)
+        """Tokens of all answers that were given in `seconds`."""
+        return sum(answer.reply.output_tokens for asked in self.passes for answer in asked)
 
-    def outcomes(self, check: str) -> Mapping[str, bool]:
-        """Whether each prompt passed a check, by the prompt's id; prompts without that check are absent."""
-        return {a.id: c.passed for a in self.answers for c in a.checks if c.name == check}
+    def outcomes(self, check: str) -> Mapping[str, float]:
+        """Share of a prompt's answers that passed a check, by the prompt's id.
+
+        Prompts without that check are absent. Each prompt is asked equally often; asked once, it is 0 or 1.
+        """
+        passed: dict[str, list[bool]] = {}
+        for answer in (*(a for asked in self.passes for a in asked), *self.constrained):
+            for each in answer.checks:
+                if each.name == check:
+                    passed.setdefault(answer.id, []).append(each.passed)
+        return {id_: sum(all_) / len(all_) for id_, all_ in passed.items()}
+
+    def asked(self, check: str) -> int:
+        """How often each prompt was asked for a check."""
+        first = next((a for a in self.answers if any(c.name == check for c in a.checks)), None)
+        return len(self.passes) if first else 1

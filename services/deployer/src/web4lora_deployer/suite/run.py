@@ -1,4 +1,4 @@
-"""Runs a suite against a model: every prompt once, graded; then the odd prompts and the speed."""
+"""Runs a suite against a model: every prompt, graded; then constrained, the odd prompts, the speed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from web4lora_deployer.suite.latency import measure_latency
 from web4lora_deployer.suite.result import Answer, Latency, Reply, SuiteResult
 from web4lora_deployer.suite.robustness import grade_odd, odd_prompts
 from web4lora_deployer.suite.spec import Prompt, Suite
+from web4lora_deployer.suite.tool_call import grade_constrained
 
 Report = Callable[[Progress], None]
 
@@ -59,13 +60,22 @@ def run_suite(
         endpoint, seed=suite.seed, timeout_seconds=suite.timeout_seconds, connections=connections
     ) as client:
         started = time.perf_counter()
-        monitor.begin(f"test {label}", len(suite.prompts))
-        answers = _ask_all(suite, client, max_parallel, monitor)
+        monitor.begin(f"test {label}", len(suite.prompts) * suite.repeats)
+        answers, *repeats = _ask_all(suite, client, max_parallel, monitor)
         seconds = time.perf_counter() - started
+        constrained = _ask_constrained(suite, client, max_parallel, monitor, label, notes)
         robustness = _robustness(suite, client, endpoint, answers, monitor, label, notes) if extras else ()
         latency = tuple(_latency(suite, client, monitor, label, notes)) if extras else ()
     return SuiteResult(
-        answers, robustness, latency, monitor.memory_bytes, seconds, max_parallel, tuple(notes)
+        answers=answers,
+        robustness=robustness,
+        latency=latency,
+        memory_bytes=monitor.memory_bytes,
+        seconds=seconds,
+        parallel=max_parallel,
+        notes=tuple(notes),
+        repeats=tuple(repeats),
+        constrained=constrained,
     )
 
 
@@ -102,40 +112,87 @@ class _Monitor:
         self._report(Progress(self._phase, self._done, self._total, "prompts", left, figures, message))
 
 
-def _ask_all(suite: Suite, client: ChatClient, max_parallel: int, monitor: _Monitor) -> tuple[Answer, ...]:
+def _ask_all(
+    suite: Suite, client: ChatClient, max_parallel: int, monitor: _Monitor
+) -> tuple[tuple[Answer, ...], ...]:
+    """Ask every prompt, then every one again for each repeat; the answers of each time in suite's order."""
     limits = {core.name: core.max_tokens for core in suite.cores}
-    # The longest answers first, so that no slot waits at the end for one that began late.
-    order = sorted(suite.prompts, key=lambda prompt: -limits[prompt.core])
+    # The longest answers first, so that no slot waits at the end for one that began late. A repeat comes
+    # after all that was asked before: so it meets other prompts in the server's batches.
+    order = sorted(suite.prompts, key=lambda prompt: -limits[prompt.core]) * suite.repeats
 
-    def ask(prompt: Prompt) -> Answer:
-        reply = client.ask(prompt.messages, limits[prompt.core])
+    def ask(prompt: Prompt) -> Reply:
+        return client.ask(prompt.messages, limits[prompt.core])
+
+    replies = _replies(ask, order, client, max_parallel, monitor)
+    refused = [reply.refused for reply in replies if reply.refused]
+    if len(refused) == len(replies):
+        raise FailedPrecondition(
+            f"The server refused every prompt, the first with {refused[0]}", reason="MODEL_REFUSES"
+        )
+    passes = []
+    for start in range(0, len(order), len(suite.prompts)):
+        asked = slice(start, start + len(suite.prompts))
+        found = {prompt.id: reply for prompt, reply in zip(order[asked], replies[asked], strict=True)}
+        passes.append(tuple(_grade(suite, prompt, found[prompt.id]) for prompt in suite.prompts))
+    return tuple(passes)
+
+
+def _ask_constrained(
+    suite: Suite, client: ChatClient, max_parallel: int, monitor: _Monitor, label: str, notes: list[str]
+) -> tuple[Answer, ...]:
+    """Ask the prompts of cores with a schema once more, their answers held to it."""
+    cores = {core.name: core for core in suite.cores if core.json_schema is not None}
+    prompts = [prompt for prompt in suite.prompts if prompt.core in cores]
+    if not prompts:
+        return ()
+
+    def ask(prompt: Prompt) -> Reply:
+        core = cores[prompt.core]
+        return client.ask(prompt.messages, core.max_tokens, core.json_schema)
+
+    monitor.begin(f"test {label}, constrained", len(prompts))
+    replies = _replies(ask, prompts, client, max_parallel, monitor)
+    if all(reply.refused for reply in replies):
+        notes.append(f"no constrained tool calls: the server takes no JSON schema ({replies[0].refused})")
+        return ()
+    answers = []
+    for prompt, reply in zip(prompts, replies, strict=True):
+        checks = grade_constrained(reply.text, prompt.check)
+        if reply.refused:
+            reason = f"the server refused the prompt: {reply.refused}"
+            checks = [Check(check.name, False, reason) for check in checks]
+        answers.append(Answer(prompt.id, prompt.core, reply, tuple(checks)))
+    return tuple(answers)
+
+
+def _replies(
+    ask: Callable[[Prompt], Reply],
+    prompts: Sequence[Prompt],
+    client: ChatClient,
+    max_parallel: int,
+    monitor: _Monitor,
+) -> list[Reply]:
+    """Ask prompts, so many at once, and return their replies in order; the first error ends it."""
+
+    def ask_one(prompt: Prompt) -> Reply:
+        reply = ask(prompt)
         monitor.done(reply)
-        return _grade(suite, prompt, reply)
+        return reply
 
     pool = ThreadPoolExecutor(max_workers=max_parallel, thread_name_prefix="suite")
     try:
-        answers = {answer.id: answer for answer in _first_error_or_all(pool, ask, order)}
+        futures: list[Future[Reply]] = [pool.submit(ask_one, prompt) for prompt in prompts]
+        finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in finished:
+            future.result()
+        replies = [future.result() for future in futures]
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         client.close()  # ends the requests under way
         raise
     pool.shutdown()
-    refused = [answer.reply.refused for answer in answers.values() if answer.reply.refused]
-    if len(refused) == len(answers):
-        raise FailedPrecondition(
-            f"The server refused every prompt, the first with {refused[0]}", reason="MODEL_REFUSES"
-        )
-    return tuple(answers[prompt.id] for prompt in suite.prompts)
-
-
-def _first_error_or_all(
-    pool: ThreadPoolExecutor, ask: Callable[[Prompt], Answer], prompts: Sequence[Prompt]
-) -> list[Answer]:
-    futures: list[Future[Answer]] = [pool.submit(ask, prompt) for prompt in prompts]
-    finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in finished:
-        future.result()
-    return [future.result() for future in futures]
+    return replies
 
 
 def _grade(suite: Suite, prompt: Prompt, reply: Reply) -> Answer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from web4lora_deployer.suite.graders import GRADERS
 from web4lora_deployer.suite.result import SuiteResult
 from web4lora_deployer.suite.spec import Suite
-from web4lora_deployer.suite.statistics import Interval, paired_difference_interval, wilson_interval
+from web4lora_deployer.suite.statistics import Interval, clustered_drop_interval, clustered_interval
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Score:
         drop_low_points: Lower end of the drop's 95 % interval.
         drop_high_points: Upper end of it.
         base_percent: Passed by the untrained base model; None when it was not run.
-        lost: Prompts that only the 16-bit model passed.
-        gained: Prompts that only the deployed model passed.
+        lost: Prompts that the 16-bit model passed and the deployed one failed, or failed more often.
+        gained: Prompts the other way round.
     """
 
     name: str
@@ -94,15 +94,16 @@ def _score(
     if not now:
         return None
     passed, count = sum(now.values()), len(now)
-    own = wilson_interval(passed, count)
+    repeats = deployed.asked(name)
+    own = clustered_interval(list(now.values()), repeats)
     before = reference.outcomes(name) if reference else {}
     untrained = base.outcomes(name) if base else {}
     drop: Interval | None = None
     lost = gained = 0
     if before:
-        lost = sum(before[key] and not now[key] for key in now)
-        gained = sum(now[key] and not before[key] for key in now)
-        drop = paired_difference_interval(lost, gained, count)
+        lost = sum(before[key] > now[key] for key in now)
+        gained = sum(before[key] < now[key] for key in now)
+        drop = clustered_drop_interval([before[key] for key in now], list(now.values()), repeats)
     return Score(
         name=name,
         title=title,
@@ -112,7 +113,7 @@ def _score(
         deployed_low_percent=100 * own.low,
         deployed_high_percent=100 * own.high,
         reference_percent=100 * sum(before.values()) / len(before) if before else None,
-        drop_points=100 * (lost - gained) / count if drop else None,
+        drop_points=100 * (sum(before.values()) - passed) / count if drop else None,
         drop_low_points=100 * drop.low if drop else None,
         drop_high_points=100 * drop.high if drop else None,
         base_percent=100 * sum(untrained.values()) / len(untrained) if untrained else None,

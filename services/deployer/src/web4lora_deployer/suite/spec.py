@@ -8,6 +8,7 @@ from typing import Any
 
 from web4lora_deployer.suite.graders import ENDS, ENDS_TITLES, GRADERS
 from web4lora_deployer.suite.style import StyleRules
+from web4lora_deployer.suite.tool_call import CONSTRAINED_TITLES
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Core:
         grader: One of `GRADERS`.
         max_tokens: Where an answer is cut off.
         rules: Of the style grader.
+        json_schema: Asked once more with answers held to this schema, and scored apart; None doesn't.
     """
 
     name: str
@@ -51,6 +53,13 @@ class Core:
     grader: str
     max_tokens: int
     rules: StyleRules
+    json_schema: Mapping[str, Any] | None = None
+
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """The scores that it yields: name and title."""
+        titles = GRADERS[self.grader].titles
+        return titles if self.json_schema is None else {**titles, **CONSTRAINED_TITLES}
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ class Suite:
         latency: How speed is measured; None measures none.
         robustness: Which odd prompts are sent; None sends none.
         digest: SHA-256 over all its files: equal digests mean the same questions and checks.
+        repeats: How often each prompt is asked.
+        llama_bench: Whether the speed reached is compared with what llama-bench reaches on the same file.
     """
 
     name: str
@@ -106,6 +117,8 @@ class Suite:
     latency: LatencySpec | None
     robustness: RobustnessSpec | None
     digest: str
+    repeats: int = 1
+    llama_bench: bool = False
 
     def core(self, name: str) -> Core:
         """Return a core by name."""
@@ -116,7 +129,7 @@ class Suite:
         """The scores that the suite yields, in order: name and title."""
         titles: dict[str, str] = {}
         for core in self.cores:
-            titles.update(GRADERS[core.grader].titles)
+            titles.update(core.titles)
         titles.update(ENDS_TITLES)
         return titles
 
@@ -129,4 +142,4 @@ class Suite:
         """The core that a score is about; None for the one about all answers."""
         if name == ENDS:
             return None
-        return next(core for core in self.cores if GRADERS[core.grader].titles.get(name))
+        return next(core for core in self.cores if core.titles.get(name))

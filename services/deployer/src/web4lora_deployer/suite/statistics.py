@@ -4,12 +4,17 @@ A score is a proportion: Wilson's interval (Wilson 1927, JASA 22:209-212), which
 prompts and for scores near 100 %. A drop is a difference of paired proportions, both models having answered
 the same prompts: Tango's score interval (Tango 1998, Statistics in Medicine 17:891-908), which keeps its
 level for few pairs and, unlike the square-and-add interval, stays wide when no pair differs.
+
+Where prompts are asked repeatedly, the repeats of a prompt are one cluster: the same intervals, with the
+number of prompts replaced by the effective one (Korn and Graubard 1998, Survey Methodology 24:193-201). That
+is the number of prompts when each prompt's repeats agree, and more, up to all answers, where they don't.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Z_95 = 1.959963984540054
@@ -23,7 +28,56 @@ class Interval:
     high: float
 
 
-def wilson_interval(passed: int, prompts: int) -> Interval:
+def clustered_interval(shares: Sequence[float], repeats: int) -> Interval:
+    """Return the interval of a score.
+
+    Args:
+        shares: Of each prompt's repeats, the share that passed.
+        repeats: Repeats of each prompt; 1 gives Wilson's interval.
+    """
+    if not shares:
+        return Interval(0.0, 1.0)
+    share = statistics.fmean(shares)
+    effective = _effective_prompts(shares, share * (1 - share), repeats)
+    return wilson_interval(share * effective, effective)
+
+
+def clustered_drop_interval(before: Sequence[float], now: Sequence[float], repeats: int) -> Interval:
+    """Return the interval of a paired drop.
+
+    Args:
+        before: The first model's share passed, prompt by prompt.
+        now: The second model's, for the same prompts.
+        repeats: Repeats of each prompt; 1 gives Tango's interval.
+    """
+    drops = [first - second for first, second in zip(before, now, strict=True)]
+    if not drops:
+        return Interval(-1.0, 1.0)
+    lost, gained = sum(max(d, 0.0) for d in drops), sum(max(-d, 0.0) for d in drops)
+    mean = statistics.fmean(drops)
+    effective = _effective_prompts(drops, (lost + gained) / len(drops) - mean**2, repeats)
+    scale = effective / len(drops)
+    return paired_difference_interval(lost * scale, gained * scale, effective)
+
+
+def _effective_prompts(values: Sequence[float], single_variance: float, repeats: int) -> float:
+    """Return how many prompts, asked once each, tell as much as these do.
+
+    Args:
+        values: What was found of each prompt, the mean of its repeats.
+        single_variance: Variance of what is found when a prompt is asked once.
+        repeats: Repeats of each prompt.
+    """
+    count = len(values)
+    if repeats == 1 or count < 2 or single_variance <= 0:
+        return float(count)
+    variance = statistics.variance(values)
+    if variance * repeats <= single_variance:
+        return float(count * repeats)
+    return max(float(count), count * single_variance / variance)
+
+
+def wilson_interval(passed: float, prompts: float) -> Interval:
     """Return the interval of a single proportion, `passed` of `prompts`."""
     if prompts == 0:
         return Interval(0.0, 1.0)
@@ -33,7 +87,7 @@ def wilson_interval(passed: int, prompts: int) -> Interval:
     return Interval(max(0.0, middle - half), min(1.0, middle + half))
 
 
-def paired_difference_interval(lost: int, gained: int, prompts: int) -> Interval:
+def paired_difference_interval(lost: float, gained: float, prompts: float) -> Interval:
     """Return the interval of a paired drop, (lost - gained) / prompts.
 
     Args:
@@ -56,7 +110,7 @@ def paired_difference_interval(lost: int, gained: int, prompts: int) -> Interval
     return Interval(low, high)
 
 
-def tango_score(lost: int, gained: int, prompts: int, difference: float) -> float:
+def tango_score(lost: float, gained: float, prompts: float, difference: float) -> float:
     """Return Tango's test statistic for a true drop of `difference`; about standard normal if it is true."""
     # The probability of a gain that is likeliest under the hypothesis: the larger root of a quadratic.
     a = 2 * prompts

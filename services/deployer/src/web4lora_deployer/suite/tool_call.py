@@ -14,6 +14,18 @@ TITLES: Mapping[str, str] = {
     "tool_call.exact": "tool call, exact",
 }
 DETAIL_TITLES: Mapping[str, str] = {}
+CONSTRAINED_TITLES: Mapping[str, str] = {
+    "tool_call_constrained.valid": "tool call, constrained, valid",
+    "tool_call_constrained.right_tool": "tool call, constrained, right tool",
+    "tool_call_constrained.exact": "tool call, constrained, exact",
+}
+ANY_CALL: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {"tool": {"type": "string"}, "args": {"type": "object"}},
+    "required": ["tool", "args"],
+    "additionalProperties": False,
+}
+"""The schema that every tool call fits."""
 
 
 def validate_check(expected: Mapping[str, Any]) -> str:
@@ -46,6 +58,14 @@ def grade(text: str, expected: Mapping[str, Any]) -> list[Check]:
         check("tool_call.valid", invalid),
         check("tool_call.right_tool", wrong_tool),
         check("tool_call.exact", differs),
+    ]
+
+
+def grade_constrained(text: str, expected: Mapping[str, Any]) -> list[Check]:
+    """Grade an answer that was held to a schema; its checks have names of their own."""
+    return [
+        Check(f"tool_call_constrained.{found.name.removeprefix('tool_call.')}", found.passed, found.reason)
+        for found in grade(text, expected)
     ]
 
 
