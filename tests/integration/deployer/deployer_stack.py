@@ -82,6 +82,16 @@ class Stack:
             job = snapshot.job
         return job
 
+    def promote(self, deployment: deployer_pb2.Deployment) -> deployer_pb2.Deployment:
+        return self.api.PromoteDeployment(deployer_pb2.PromoteDeploymentRequest(id=deployment.id)).deployment
+
+    def roll_back(self, name: str = "demo", from_id: str = "") -> deployer_pb2.Deployment:
+        request = deployer_pb2.RollbackDeploymentRequest(name=name, from_id=from_id)
+        return self.api.RollbackDeployment(request).deployment
+
+    def delete(self, deployment_id: str) -> None:
+        self.api.DeleteDeployment(deployer_pb2.DeleteDeploymentRequest(id=deployment_id))
+
     def get(self, name: str) -> deployer_pb2.Deployment:
         return self.api.GetDeployment(deployer_pb2.GetDeploymentRequest(id=name)).deployment
 
@@ -89,6 +99,16 @@ class Stack:
 def deployed(job: deployer_pb2.DeployerJob) -> deployer_pb2.Deployment:
     assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
     return job.deploy_result.deployment
+
+
+def changed(gguf: Path, folder: Path, word: str = "Another") -> Path:
+    """Write the same model as other bytes: its own name, which nothing reads, begins with another word."""
+    data = bytearray(gguf.read_bytes())
+    place = data.index(b"Smollm2 135M 8k Lc100K Mix1 Ep2")
+    data[place : place + 7] = word.encode().ljust(7)[:7]
+    file = folder / f"{word}.gguf"
+    file.write_bytes(data)
+    return file
 
 
 def ask(deployment: deployer_pb2.Deployment) -> str:

@@ -57,6 +57,8 @@ def test_deploy_promote_answer_and_delete(stack: Stack, gguf: Path, model_runner
     assert deployment.endpoint == f"{model_runner}/engines/v1"
     assert "gravity" in ask(deployment)
     candidate = httpx.get(f"{model_runner}/models/{deployment.id}").json()
+    assert httpx.get(f"{model_runner}/models/demo").status_code == 404
+    stack.promote(deployment)
     assert candidate == httpx.get(f"{model_runner}/models/demo").json()
     assert candidate["config"]["context_size"] == 512
     assert stack.get("demo").state == deployer_pb2.DEPLOYMENT_STATE_SERVING

@@ -12,6 +12,7 @@ import pytest
 from integration.deployer.deployer_stack import (
     Stack,
     ask,
+    changed,
     deployed,
     eventually,
     listener,
@@ -20,7 +21,7 @@ from integration.deployer.deployer_stack import (
 )
 from web4.lora.v1 import deployer_pb2, jobs_pb2
 from web4lora_chassis.artifacts import ArtifactRef
-from web4lora_chassis.errors import InvalidInput, NotFound
+from web4lora_chassis.errors import FailedPrecondition, InvalidInput, NotFound
 from web4lora_chassis.rpc import error_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -75,20 +76,34 @@ def test_a_new_candidate_takes_the_name_and_the_old_one_makes_room(
     stack: Stack, gguf: Path, tmp_path: Path
 ) -> None:
     old = deployed(stack.deploy(stack.put(gguf)))
-    changed = tmp_path / "changed.gguf"
-    data = bytearray(gguf.read_bytes())
-    place = data.index(b"Smollm2 135M 8k Lc100K Mix1 Ep2")  # the model's own name, which nothing reads
-    data[place : place + 7] = b"Another"
-    changed.write_bytes(data)
-    new = deployed(stack.deploy(stack.put(changed)))
+    assert not old.promoted
+    assert stack.promote(old).promoted
+    new = deployed(stack.deploy(stack.put(changed(gguf, tmp_path))))
     assert new.id != old.id
-    assert stack.get("demo").id == new.id
+    assert not new.promoted
+    assert stack.get("demo").id == old.id  # until it is promoted it serves beside
     assert "gravity" in ask(new)
+    assert "gravity" in ask(old)
+    assert stack.promote(new).id == stack.get("demo").id == new.id
     eventually(lambda: True if stack.get(old.id).state == deployer_pb2.DEPLOYMENT_STATE_STOPPED else None)
     with pytest.raises(httpx.ConnectError):
         eventually(lambda: None if ask(old) else True, seconds=10)
-    back = deployed(stack.deploy(stack.put(gguf)))
-    assert stack.get("demo").id == back.id == old.id
+    assert deployed(stack.deploy(stack.put(changed(gguf, tmp_path)))).promoted  # again changes nothing
+    back = stack.roll_back(from_id=new.id)
+    assert back.id == stack.get("demo").id == old.id
+    assert "gravity" in ask(back)
+    assert back.detail == f"rolled back from {new.id}"
+    assert stack.roll_back(from_id=new.id) == back  # again is no error, and goes no further
+    eventually(lambda: True if stack.get(new.id).state == deployer_pb2.DEPLOYMENT_STATE_STOPPED else None)
+    with pytest.raises(grpc.RpcError) as caught:
+        stack.roll_back()
+    error = error_of(caught.value)
+    assert isinstance(error, FailedPrecondition)
+    assert error.reason == "NO_EARLIER_CANDIDATE"
+    third = stack.promote(deployed(stack.deploy(stack.put(changed(gguf, tmp_path, "Third")))))
+    listed = stack.api.ListDeployments(deployer_pb2.ListDeploymentsRequest()).deployments
+    assert {item.id for item in listed} == {third.id, old.id}  # the one that was rolled back from is gone
+    assert "gravity" in ask(stack.get("demo"))
 
 
 def test_deleting_stops_the_server_and_frees_the_file(stack: Stack, gguf: Path) -> None:

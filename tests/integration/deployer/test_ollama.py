@@ -72,6 +72,8 @@ def test_deploy_promote_answer_and_delete(stack: Stack, gguf: Path, ollama: str)
     assert deployment.endpoint == f"{ollama}/v1"
     assert "gravity" in ask(deployment)
     api = OllamaApi(ollama)
+    assert api.digest("demo") == ""
+    stack.promote(deployment)
     assert api.digest("demo") == api.digest(deployment.id) != ""
     assert stack.get("demo").state == deployer_pb2.DEPLOYMENT_STATE_SERVING
     stack.api.DeleteDeployment(deployer_pb2.DeleteDeploymentRequest(id=deployment.id))
@@ -80,10 +82,12 @@ def test_deploy_promote_answer_and_delete(stack: Stack, gguf: Path, ollama: str)
 
 def test_another_target_takes_over_and_the_old_one_lets_go(stack: Stack, gguf: Path, ollama: str) -> None:
     ref = stack.put(gguf)
-    first = deployed(stack.deploy(ref, target="llama-server"))
+    first = stack.promote(deployed(stack.deploy(ref, target="llama-server")))
     server = server_of(first)
     second = deployed(stack.deploy(ref, target="ollama"))
     assert second.id == first.id
+    assert second.promoted  # the name moves with it
+    assert OllamaApi(ollama).digest("demo") == OllamaApi(ollama).digest(first.id) != ""
     assert not server.is_running()
     assert stack.get("demo").target == "ollama"
     back = deployed(stack.deploy(ref, target="llama-server"))

@@ -12,7 +12,9 @@ from web4lora_chassis.jobs import JobRunner
 from web4lora_chassis.rpc import JobApi, Registration, serve
 from web4lora_chassis.settings import load
 
+from web4lora_deployer import promotion
 from web4lora_deployer.deployments import Deployments
+from web4lora_deployer.guard import Guard
 from web4lora_deployer.runtimes import open_runtime
 from web4lora_deployer.service import DeployerService, check
 from web4lora_deployer.settings import DeployerSettings
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 async def run(settings: DeployerSettings) -> None:
     """Serve until a signal: deployments first, so that a job that goes on finds them cared for."""
     supervisor = Supervisor(settings)
+    guard = Guard(settings)
     runner = JobRunner(settings.deployer_home / "jobs", "web4lora_deployer.worker")
     jobs = JobApi(runner, deployer_pb2.DeployerJob, check)
     registration = Registration(
@@ -32,19 +35,24 @@ async def run(settings: DeployerSettings) -> None:
         DeployerService(jobs, settings),
     )
     supervisor.start()
+    guard.start()
     restoring = asyncio.create_task(asyncio.to_thread(_restore, settings))
     await runner.start()
     try:
         await serve(settings.deployer_address, [registration], settings)
     finally:
         await runner.stop()
+        await asyncio.to_thread(guard.stop)
         await asyncio.to_thread(supervisor.stop)
         await restoring
 
 
 def _restore(settings: DeployerSettings) -> None:
-    """Give the deployments back what a restart took from them."""
+    """Give the deployments back what a restart took from them, and finish what a crash left half done."""
+    promotion.settle(settings)
     for record in Deployments(settings.deployer_home).list():
+        if not record.loaded:
+            continue
         try:
             open_runtime(record.target, settings).restore(record)
         except Web4Error as error:  # its health says so to whoever asks

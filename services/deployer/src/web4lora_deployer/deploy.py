@@ -1,6 +1,7 @@
-"""Deploy a GGUF: fetch, choose a runtime, bring it in under a candidate's id, see it answer, promote it.
+"""Deploy a GGUF as a candidate: fetch, choose a runtime, bring it in under its own id, see it answer.
 
-A crash between any two steps leaves the old or the new model serving under the name; doing it again finishes.
+What serves under the name stays: pointing the name at the candidate is a step of its own, see `promotion`.
+A crash between any two steps leaves the old model serving; doing it again finishes.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import httpx
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput, NotFound, Web4Error
 from web4lora_chassis.jobs import Progress
 
 from web4lora_deployer import names
 from web4lora_deployer.deployments import Deployment, Deployments, Parameters
+from web4lora_deployer.first_answer import first_answer
 from web4lora_deployer.gguf_file import read_facts
+from web4lora_deployer.promotion import leave_others, make_room
 from web4lora_deployer.runtimes import AUTO, choose, open_runtime
 from web4lora_deployer.runtimes.base import Deployed, Report, Runtime, State
 from web4lora_deployer.settings import DeployerSettings
@@ -29,8 +31,6 @@ log = logging.getLogger(__name__)
 DEFAULT_CONTEXT_TOKENS = 4096
 DEFAULT_PARALLEL = 4
 _MODELFILE = "modelfile.json"
-_FIRST_ANSWER_SECONDS = 600.0
-_REPORT_INTERVAL_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ def deploy(
     work_dir: Path,
     report: Report,
 ) -> DeployOutcome:
-    """Deploy a model and point its name at it.
+    """Deploy a model under its own id, beside what serves under its name.
+
+    The file that serves under the name already is deployed in place: with other settings it is started
+    again, in another runtime its name moves there once it has answered.
 
     Args:
         request: What to deploy, and how.
@@ -98,15 +101,14 @@ def deploy(
     deployments = Deployments(settings.deployer_home)
     runtime = _runtime(request.target, settings)
     wanted = _fetch(request, runtime.target, deployments, store, work_dir, report)
+    make_room(wanted, deployments, settings)
     before = _existing(deployments, wanted.id)
-    if before is not None and _same(before, wanted):
-        wanted = replace(wanted, created_at=before.created_at)
-        if runtime.health(before).state is not State.FAILED:
-            wanted = replace(wanted, generation=before.generation)
+    if before is not None:
+        wanted = _in_place_of(before, wanted, runtime)
     try:
         deployed = runtime.deploy(wanted, deployments.path(wanted), report)
         report(Progress(phase="first answer", message=f"{wanted.id} on {runtime.target}"))
-        _first_answer(deployed)
+        first_answer(deployed)
     except BaseException:
         _undo(wanted, before, runtime, deployments)
         raise
@@ -115,11 +117,7 @@ def deploy(
         wanted, endpoint=deployed.endpoint, model=deployed.model, runtime_version=deployed.version
     )
     deployments.save(wanted)
-    runtime.promote(wanted)
-    deployments.promote(wanted)
-    if before is not None and before.target != wanted.target:
-        _leave(open_runtime(before.target, settings), before)
-    _retire(wanted, deployments, settings)
+    wanted = leave_others(wanted, deployments, settings)
     return DeployOutcome(wanted, deployed, ready_seconds)
 
 
@@ -226,8 +224,22 @@ def _existing(deployments: Deployments, deployment_id: str) -> Deployment | None
         return None
 
 
+def _in_place_of(before: Deployment, wanted: Deployment, runtime: Runtime) -> Deployment:
+    """Return what is wanted in place of an earlier deployment of the same file.
+
+    What is the same already is left as it is, so that nothing is started anew, unless it has failed.
+    """
+    if _same(before, wanted):
+        generation = before.generation
+        if before.loaded and runtime.health(before).state is State.FAILED:
+            generation = wanted.generation
+        return replace(before, gguf=wanted.gguf, loaded=True, generation=generation)
+    others = dict.fromkeys((*before.leaving, before.target))
+    return replace(wanted, leaving=tuple(target for target in others if target != wanted.target))
+
+
 def _same(before: Deployment, wanted: Deployment) -> bool:
-    """Say whether what is deployed is what is wanted, so that nothing has to be started anew."""
+    """Say whether what is deployed is what is wanted."""
     left, right = (
         (record.target, record.file, record.parameters, record.context_tokens, record.parallel)
         for record in (before, wanted)
@@ -235,71 +247,17 @@ def _same(before: Deployment, wanted: Deployment) -> bool:
     return left == right
 
 
-def _first_answer(deployed: Deployed) -> None:
-    """Ask for one token, which also loads the model where that happens on demand."""
-    try:
-        answer = httpx.post(
-            f"{deployed.endpoint}/chat/completions",
-            json={
-                "model": deployed.model,
-                "messages": [{"role": "user", "content": "Say hi."}],
-                "max_tokens": 1,
-                "temperature": 0,
-            },
-            timeout=httpx.Timeout(_FIRST_ANSWER_SECONDS, connect=10),
-        )
-    except httpx.HTTPError as error:
-        raise FailedPrecondition(
-            f"{deployed.model} is deployed but does not answer at {deployed.endpoint}: {error}",
-            fix="The runtime's log may say why.",
-            reason="MODEL_DOES_NOT_ANSWER",
-        ) from error
-    if answer.status_code != httpx.codes.OK or not answer.json().get("choices"):
-        raise FailedPrecondition(
-            f"{deployed.model} does not answer: {deployed.endpoint} said {answer.status_code}: "
-            f"{answer.text[:300]}",
-            fix="The runtime's log may say why.",
-            reason="MODEL_DOES_NOT_ANSWER",
-        )
-
-
 def _undo(wanted: Deployment, before: Deployment | None, runtime: Runtime, deployments: Deployments) -> None:
     """Leave what was there before a deployment that did not succeed."""
+    # A record that never answered is what a killed attempt left; it goes, unless people call it.
+    kept = before is not None and (bool(before.endpoint) or deployments.promoted(before))
     try:
-        if before is not None:
+        if before is not None and kept:
             deployments.save(before)
             return
         runtime.delete(wanted)
     except Web4Error as error:  # the reason why the deployment failed matters more
         log.warning("cleaning up after %s: %s", wanted.id, error)
     finally:
-        if before is None:
+        if not kept:
             deployments.remove(wanted)
-
-
-def _leave(runtime: Runtime, before: Deployment) -> None:
-    """Take a model out of the runtime that it was in before it was deployed to another one."""
-    try:
-        runtime.withdraw(before)
-        runtime.delete(before)
-    except Web4Error as error:  # it serves elsewhere now
-        log.warning("taking %s out of %s: %s", before.id, before.target, error)
-
-
-def _retire(current: Deployment, deployments: Deployments, settings: DeployerSettings) -> None:
-    """Unload the candidates that served before, and delete those beyond the number that is kept."""
-    name = deployments.name(current.name)
-    kept = name.previous[: settings.keep_candidates - 1] if name else ()
-    for record in deployments.list():
-        if record.name != current.name or record.id == current.id:
-            continue
-        runtime = open_runtime(record.target, settings)
-        try:
-            if record.id in kept:
-                deployments.save(replace(record, loaded=False))
-                runtime.unload(record)
-            else:
-                runtime.delete(record)
-                deployments.remove(record)
-        except Web4Error as error:  # the new one serves; the old one can wait for the next deployment
-            log.warning("retiring %s: %s", record.id, error)

@@ -2,15 +2,17 @@
 
 `deployments/<id>.json` is what is wanted; the deploy job writes it, and the supervisor in the service makes
 it so where the runtime is llama-server. `names/<name>.json` says which candidate serves under a name, and
-which did before.
+which did before; `names/<name>.lock` is held by who changes that, in whatever process.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,6 +65,7 @@ class Deployment:
         model: Its name in requests.
         runtime_version: Version of the runtime it was brought into.
         created_at: Seconds since 1970.
+        leaving: Runtimes that it was in before, and that still have to let go of it.
     """
 
     id: str
@@ -81,6 +84,7 @@ class Deployment:
     model: str = ""
     runtime_version: str = ""
     created_at: float = 0.0
+    leaving: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -92,17 +96,36 @@ class Deployment:
                 **data,
                 "gguf": ArtifactRef.from_json(data["gguf"]),
                 "parameters": Parameters(**parameters),
+                "leaving": tuple(data.get("leaving", ())),
             }
         )
 
 
 @dataclass(frozen=True)
 class Name:
-    """A name people call: the candidate that serves under it, and those before, newest first."""
+    """A name people call.
+
+    Attributes:
+        name: The name.
+        current: The candidate that serves under it.
+        previous: Those that served before, newest first: the way back.
+        rolled_back: Those that were rolled back from, which is no way back.
+        note: How the current one came to serve, where people should know; else empty.
+    """
 
     name: str
     current: str
-    previous: tuple[str, ...] = field(default=())
+    previous: tuple[str, ...] = ()
+    rolled_back: tuple[str, ...] = ()
+    note: str = ""
+
+    def without(self, deployment_id: str) -> Name:
+        """Return the name with a candidate forgotten that does not serve under it."""
+        previous, rolled_back = (
+            tuple(other for other in ids if other != deployment_id)
+            for ids in (self.previous, self.rolled_back)
+        )
+        return replace(self, previous=previous, rolled_back=rolled_back)
 
 
 class Deployments:
@@ -169,9 +192,8 @@ class Deployments:
         name = self.name(record.name)
         if name is not None and name.current == record.id:
             (self._names / f"{record.name}.json").unlink(missing_ok=True)
-        elif name is not None and record.id in name.previous:
-            rest = tuple(other for other in name.previous if other != record.id)
-            write_json(self._names / f"{record.name}.json", asdict(replace(name, previous=rest)))
+        elif name is not None and name.without(record.id) != name:
+            self._save_name(name.without(record.id))
         if all(other.file != record.file for other in self._load()):
             model = self.models / record.file
             model.unlink(missing_ok=True)
@@ -186,21 +208,62 @@ class Deployments:
             data = json.loads((self._names / f"{name}.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return Name(data["name"], data["current"], tuple(data["previous"]))
+        return Name(
+            data["name"],
+            data["current"],
+            tuple(data["previous"]),
+            tuple(data.get("rolled_back", ())),
+            data.get("note", ""),
+        )
+
+    def names(self) -> tuple[Name, ...]:
+        """Return all names to which something was promoted."""
+        found = (self.name(path.stem) for path in sorted(self._names.glob("*.json")))
+        return tuple(name for name in found if name is not None)
+
+    def promoted(self, record: Deployment) -> bool:
+        """Say whether a deployment's name stands for it."""
+        name = self.name(record.name)
+        return name is not None and name.current == record.id
 
     def promote(self, record: Deployment) -> Name:
         """Let a name stand for a deployment from now on; the one before is remembered."""
         before = self.name(record.name)
         if before is not None and before.current == record.id:
             return before
-        past = (before.current, *before.previous) if before is not None else ()
-        name = Name(record.name, record.id, tuple(other for other in past if other != record.id))
-        write_json(self._names / f"{record.name}.json", asdict(name))
+        if before is None:
+            name = Name(record.name, record.id)
+        else:
+            rest = before.without(record.id)
+            name = Name(record.name, record.id, (before.current, *rest.previous), rest.rolled_back)
+        self._save_name(name)
         return name
+
+    def go_back(self, record: Deployment, note: str) -> Name:
+        """Let a name stand for one of those before again. Those that served after it are no way back."""
+        before = self.name(record.name)
+        if before is None or record.id not in before.previous:
+            raise NotFound(f"{record.id} did not serve under {record.name} before.")
+        place = before.previous.index(record.id)
+        left = (before.current, *before.previous[:place])
+        rolled_back = tuple(dict.fromkeys((*left, *before.rolled_back)))
+        name = Name(record.name, record.id, before.previous[place + 1 :], rolled_back, note)
+        self._save_name(name)
+        return name
+
+    @contextlib.contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Change what serves under a name, and what is kept of it, alone among threads and processes."""
+        with (self._names / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # closing it lets go, and so does a kill
+            yield
 
     def path(self, record: Deployment) -> Path:
         """Return where a deployment's GGUF lies."""
         return self.models / record.file
+
+    def _save_name(self, name: Name) -> None:
+        write_json(self._names / f"{name.name}.json", asdict(name))
 
     def _load(self) -> Iterator[Deployment]:
         for path in sorted(self._records.glob("*.json")):

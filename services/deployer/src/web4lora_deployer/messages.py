@@ -5,13 +5,21 @@ from __future__ import annotations
 from web4.lora.v1 import deployer_pb2
 from web4lora_chassis.rpc import ref_message
 
-from web4lora_deployer.deployments import Deployment
+from web4lora_deployer.deployments import Deployment, Name
 from web4lora_deployer.runtimes.base import Health, RuntimeStatus
 
 
-def deployment_message(record: Deployment, health: Health) -> deployer_pb2.Deployment:
-    """Return a deployment and how it does as a message."""
+def deployment_message(record: Deployment, health: Health, name: Name | None) -> deployer_pb2.Deployment:
+    """Return a deployment and how it does as a message.
+
+    Args:
+        record: The deployment.
+        health: How it does.
+        name: What its name stands for; None when nothing was promoted to that.
+    """
     deployed = health.deployed
+    promoted = name is not None and name.current == record.id
+    note = name.note if name is not None and promoted else ""
     message = deployer_pb2.Deployment(
         id=record.id,
         name=record.name,
@@ -20,9 +28,10 @@ def deployment_message(record: Deployment, health: Health) -> deployer_pb2.Deplo
         model=deployed.model if deployed else record.model,
         gguf=ref_message(record.gguf),
         state=deployer_pb2.DeploymentState.Value(f"DEPLOYMENT_STATE_{health.state}"),
-        detail=health.detail,
+        detail=health.detail or note,
         runtime_version=deployed.version if deployed else record.runtime_version,
         context_tokens=record.context_tokens,
+        promoted=promoted,
     )
     message.create_time.FromMilliseconds(int(record.created_at * 1000))
     return message

@@ -9,10 +9,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from web4.lora.v1 import artifacts_pb2, deployer_pb2, deployer_pb2_grpc
-from web4lora_chassis.errors import InvalidInput, NotFound
+from web4lora_chassis.errors import InvalidInput
 from web4lora_chassis.rpc import JobApi, ref_of
 
-from web4lora_deployer import names
+from web4lora_deployer import names, promotion
 from web4lora_deployer.deployments import Deployment, Deployments
 from web4lora_deployer.messages import deployment_message, runtime_message
 from web4lora_deployer.runtimes import AUTO, RUNTIMES, check_target, open_runtime
@@ -98,28 +98,33 @@ class DeployerService(deployer_pb2_grpc.DeployerServiceServicer):
         record = await asyncio.to_thread(self._deployments.find, request.id)
         return deployer_pb2.GetDeploymentResponse(deployment=await self._message(record))
 
+    async def PromoteDeployment(
+        self, request: deployer_pb2.PromoteDeploymentRequest, _context: Context
+    ) -> deployer_pb2.PromoteDeploymentResponse:
+        """Point a deployment's name at it."""
+        record = await asyncio.to_thread(promotion.promote, request.id, self._settings)
+        return deployer_pb2.PromoteDeploymentResponse(deployment=await self._message(record))
+
+    async def RollbackDeployment(
+        self, request: deployer_pb2.RollbackDeploymentRequest, _context: Context
+    ) -> deployer_pb2.RollbackDeploymentResponse:
+        """Point a name back at the candidate before."""
+        record = await asyncio.to_thread(
+            promotion.roll_back, request.name, self._settings, from_id=request.from_id
+        )
+        return deployer_pb2.RollbackDeploymentResponse(deployment=await self._message(record))
+
     async def DeleteDeployment(
         self, request: deployer_pb2.DeleteDeploymentRequest, _context: Context
     ) -> deployer_pb2.DeleteDeploymentResponse:
         """Take a deployment out, and its name's place when it has it."""
-        try:
-            record = await asyncio.to_thread(self._deployments.get, request.id)
-        except NotFound:
-            return deployer_pb2.DeleteDeploymentResponse()
-        await asyncio.to_thread(self._delete, record)
+        await asyncio.to_thread(promotion.delete, request.id, self._settings)
         return deployer_pb2.DeleteDeploymentResponse()
-
-    def _delete(self, record: Deployment) -> None:
-        runtime = open_runtime(record.target, self._settings)
-        name = self._deployments.name(record.name)
-        if name is not None and name.current == record.id:
-            runtime.withdraw(record)
-        runtime.delete(record)
-        self._deployments.remove(record)
 
     async def _message(self, record: Deployment) -> deployer_pb2.Deployment:
         runtime = open_runtime(record.target, self._settings)
-        return deployment_message(record, await asyncio.to_thread(runtime.health, record))
+        health = await asyncio.to_thread(runtime.health, record)
+        return deployment_message(record, health, self._deployments.name(record.name))
 
 
 def check(_kind: str, spec: deployer_pb2.DeploySpec | deployer_pb2.VerifySpec) -> None:

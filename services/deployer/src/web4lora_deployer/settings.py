@@ -21,6 +21,9 @@ class DeployerSettings(Settings):
     keep_candidates: int = Field(
         default=2, ge=1, description="Candidates kept of one name, the one that serves included"
     )
+    guard_interval_seconds: float = Field(
+        default=10.0, gt=0, description="Time between two looks at the models that names stand for"
+    )
 
     @property
     def deployer_home(self) -> Path:

@@ -163,6 +163,7 @@ class _Keeper:
         self._log = log_file(settings.deployer_home, record.id)
         self._status = ServerStatus(generation=record.generation)
         self._loading: LlamaServer | None = None
+        self._fine_at = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"llama-server {record.id}", daemon=True)
 
@@ -190,7 +191,7 @@ class _Keeper:
     def _run(self) -> None:
         pause = _FIRST_PAUSE_SECONDS
         while not self._stop.is_set():
-            began = time.monotonic()
+            began = self._fine_at = time.monotonic()
             try:
                 state, why = State.STARTING, self._serve_once()
             except Web4Error as error:
@@ -200,10 +201,15 @@ class _Keeper:
                 state, why = State.FAILED, f"{type(error).__name__}: {error}"
             if self._stop.is_set():
                 break
-            if time.monotonic() - began > _STEADY_SECONDS:
+            if self._fine_at - began > _STEADY_SECONDS:
                 pause = _FIRST_PAUSE_SECONDS
             failed = state is State.FAILED
-            self._status = replace(self._status, pid=0, failures=self._status.failures + 1 if failed else 0)
+            self._status = replace(
+                self._status,
+                pid=0,
+                failures=self._status.failures + 1 if failed else 0,
+                crashes=self._status.crashes + 1,
+            )
             log.warning("%s: %s; it is started again in %.1f s", self._record.id, why, pause)
             self._say(state, f"{why}; it is started again in {pause:g} s")
             self._stop.wait(pause)
@@ -255,10 +261,15 @@ class _Keeper:
     def _watch(self, server: LlamaServer) -> str:
         """Return once the server has died, hangs or is not wanted any more; say which."""
         failures = 0
-        asked_at = time.monotonic()
+        ready_at = asked_at = time.monotonic()
         while not self._stop.wait(_TICK_SECONDS):
             if not server.alive:
                 return "llama-server ended by itself"
+            if failures == 0:
+                self._fine_at = time.monotonic()
+            if self._status.crashes and self._fine_at - ready_at > _STEADY_SECONDS:
+                self._status = replace(self._status, crashes=0)
+                self._say(State.SERVING, "")
             if time.monotonic() - asked_at < _HEALTH_INTERVAL_SECONDS:
                 continue
             asked_at = time.monotonic()

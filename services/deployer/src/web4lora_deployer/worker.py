@@ -16,6 +16,7 @@ from web4lora_chassis.rpc.jobs import to_json
 from web4lora_chassis.settings import load
 
 from web4lora_deployer.deploy import DEFAULT_PARALLEL, DeployRequest, deploy
+from web4lora_deployer.deployments import Deployments
 from web4lora_deployer.messages import deployment_message
 from web4lora_deployer.results import budgets_of, result_message
 from web4lora_deployer.runtimes.base import Health, State
@@ -38,9 +39,11 @@ def run_deploy(context: JobContext) -> Mapping[str, Any]:
     )
     outcome = deploy(request, settings, open_store(settings), context.work_dir, context.report)
     health = Health(State.SERVING, deployed=outcome.deployed)
+    name = Deployments(settings.deployer_home).name(outcome.deployment.name)
     return to_json(
         deployer_pb2.DeployResult(
-            deployment=deployment_message(outcome.deployment, health), ready_seconds=outcome.ready_seconds
+            deployment=deployment_message(outcome.deployment, health, name),
+            ready_seconds=outcome.ready_seconds,
         )
     )
 

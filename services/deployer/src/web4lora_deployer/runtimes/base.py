@@ -52,11 +52,20 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Health:
-    """How a deployment does; `deployed` is None while it has no address."""
+    """How a deployment does.
+
+    Attributes:
+        state: Where it stands.
+        detail: More, for people.
+        deployed: Where it answers; None while it has no address.
+        broken: It fails though its runtime is there, and will go on to: another model may do better. A
+            runtime that is out of reach says nothing about the model.
+    """
 
     state: State
     detail: str = ""
     deployed: Deployed | None = None
+    broken: bool = False
 
 
 class Runtime(Protocol):

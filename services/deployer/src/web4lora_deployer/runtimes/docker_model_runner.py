@@ -89,7 +89,7 @@ class DockerModelRunnerRuntime:
         except Web4Error as error:
             return Health(State.FAILED, error.message, deployed)
         if shown is None:
-            return Health(State.FAILED, f"{WHAT} no longer has it; deploy it again", deployed)
+            return Health(State.FAILED, f"{WHAT} no longer has it; deploy it again", deployed, broken=True)
         return Health(State.SERVING if deployment.loaded else State.STOPPED, "", deployed)
 
     def memory_bytes(self, _deployment: Deployment) -> int:

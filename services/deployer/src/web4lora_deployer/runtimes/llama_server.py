@@ -31,6 +31,7 @@ _POLL_SECONDS = 0.1
 _READY_SECONDS = 900.0
 _STOP_SECONDS = 20.0
 _OVERHEAD_BYTES = 300 << 20
+_MANY_CRASHES = 5  # some 8 s of pauses between them: whatever passes by itself has passed
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class ServerStatus:
         started_at: When that process was started, in seconds since 1970: a later one may get its pid.
         version: Of llama.cpp.
         failures: Starts in a row that did not get as far as serving.
+        crashes: Ends in a row, none of which had served for a while before.
     """
 
     generation: str = ""
@@ -58,6 +60,7 @@ class ServerStatus:
     started_at: float = 0.0
     version: str = ""
     failures: int = 0
+    crashes: int = 0
 
 
 class StatusFiles:
@@ -155,7 +158,11 @@ class LlamaServerRuntime:
         if status is None or status.generation != deployment.generation:
             return Health(State.STARTING if deployment.loaded else State.STOPPED)
         deployed = Deployed(status.endpoint, deployment.model, status.version) if status.endpoint else None
-        return Health(status.state, status.detail, deployed)
+        broken = status.crashes >= _MANY_CRASHES
+        detail = status.detail
+        if broken:
+            detail = f"llama-server ended {status.crashes} times in a row: {detail}".rstrip(": ")
+        return Health(status.state, detail, deployed, broken)
 
     def memory_bytes(self, deployment: Deployment) -> int:
         """Return the resident memory of the server's process, the mapped part of the file included."""

@@ -57,6 +57,7 @@ class OllamaRuntime:
 
     def deploy(self, deployment: Deployment, file: Path, report: Report) -> Deployed:
         """Upload what is missing, create the model, and see that it is what was asked for."""
+        self._api.version()  # out of reach is another error than too old
         status = self.probe()
         if not status.usable:
             raise FailedPrecondition(status.detail, reason="RUNTIME_NOT_USABLE")
@@ -93,7 +94,7 @@ class OllamaRuntime:
         try:
             self._api.show(deployment.id)
         except NotFound:
-            return Health(State.FAILED, "Ollama no longer has it; deploy it again", deployed)
+            return Health(State.FAILED, "Ollama no longer has it; deploy it again", deployed, broken=True)
         except Web4Error as error:
             return Health(State.FAILED, error.message, deployed)
         return Health(State.SERVING if deployment.loaded else State.STOPPED, "", deployed)

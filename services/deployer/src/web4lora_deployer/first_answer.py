@@ -1,0 +1,53 @@
+"""Ask a model for its first answer: what is deployed counts as serving once it has given one."""
+
+from __future__ import annotations
+
+import httpx
+from web4lora_chassis.errors import FailedPrecondition, Unavailable
+
+from web4lora_deployer.runtimes.base import Deployed
+
+_ANSWER_SECONDS = 600.0
+
+
+def first_answer(deployed: Deployed) -> None:
+    """Ask for one token, which also loads the model where that happens on demand.
+
+    Raises:
+        FailedPrecondition: The runtime is there, and the model does not answer.
+        Unavailable: The runtime is out of reach, or went away meanwhile.
+    """
+    try:
+        answer = httpx.post(
+            f"{deployed.endpoint}/chat/completions",
+            json={
+                "model": deployed.model,
+                "messages": [{"role": "user", "content": "Say hi."}],
+                "max_tokens": 1,
+                "temperature": 0,
+            },
+            timeout=httpx.Timeout(_ANSWER_SECONDS, connect=10),
+            trust_env=False,  # proxies of the environment are for the outside world
+        )
+    except httpx.HTTPError as error:
+        raise Unavailable(
+            f"{deployed.model} is deployed, but {deployed.endpoint} does not answer: "
+            f"{error or type(error).__name__}",
+            fix="The runtime's log may say why; then try again.",
+            reason="MODEL_DOES_NOT_ANSWER",
+        ) from error
+    if answer.status_code != httpx.codes.OK or not _has_choices(answer):
+        raise FailedPrecondition(
+            f"{deployed.model} does not answer: {deployed.endpoint} said {answer.status_code}: "
+            f"{answer.text[:300]}",
+            fix="The runtime's log may say why.",
+            reason="MODEL_DOES_NOT_ANSWER",
+        )
+
+
+def _has_choices(answer: httpx.Response) -> bool:
+    try:
+        data = answer.json()
+    except ValueError:
+        return False
+    return isinstance(data, dict) and bool(data.get("choices"))
