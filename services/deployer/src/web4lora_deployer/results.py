@@ -5,17 +5,27 @@ from __future__ import annotations
 from web4.lora.v1 import deployer_pb2
 from web4lora_chassis.rpc import ref_message
 
+from web4lora_deployer.evaluate import Candidate
 from web4lora_deployer.suite import Budgets, Score
 from web4lora_deployer.verify import VerifyOutcome
 
+_DEFAULT_DROP_POINTS = Budgets().max_score_drop_points
 
-def budgets_of(message: deployer_pb2.Budgets) -> Budgets:
-    """Return the limits that a message holds; its absent fields take the contract's defaults."""
+
+def budgets_of(
+    message: deployer_pb2.Budgets, *, max_score_drop_points: float | None = _DEFAULT_DROP_POINTS
+) -> Budgets:
+    """Return the limits that a message holds.
+
+    Args:
+        message: The limits.
+        max_score_drop_points: The largest drop where the message names none.
+    """
     return Budgets(
         max_score_drop_points=(
             message.max_score_drop_points
             if message.HasField("max_score_drop_points")
-            else Budgets().max_score_drop_points
+            else max_score_drop_points
         ),
         min_size_reduction=message.min_size_reduction if message.HasField("min_size_reduction") else None,
         min_tokens_per_second=(
@@ -23,6 +33,18 @@ def budgets_of(message: deployer_pb2.Budgets) -> Budgets:
         ),
         max_memory_bytes=message.max_memory_bytes if message.HasField("max_memory_bytes") else None,
         min_score_percent=dict(message.min_score_percent),
+    )
+
+
+def candidate_of(message: deployer_pb2.EvaluatedModel) -> Candidate:
+    """Return the model to evaluate that a message names."""
+    return Candidate(
+        deployment=message.deployment,
+        endpoint=message.endpoint,
+        model=message.model,
+        secret=message.secret,
+        context_tokens=message.context_tokens,
+        parallel=message.parallel,
     )
 
 
@@ -49,6 +71,7 @@ def result_message(outcome: VerifyOutcome) -> deployer_pb2.VerifyResult:
             )
             for sample in summary.samples
         ],
+        prompts=outcome.prompts,
     )
 
 

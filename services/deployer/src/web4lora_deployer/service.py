@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from web4.lora.v1 import artifacts_pb2, deployer_pb2, deployer_pb2_grpc
 from web4lora_chassis.errors import InvalidInput
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _CONTEXT_TOKENS = (128, 1 << 20)
 _PARALLEL = (1, 64)
+_MAX_AGAINST = 4
 
 
 class DeployerService(deployer_pb2_grpc.DeployerServiceServicer):
@@ -127,7 +129,9 @@ class DeployerService(deployer_pb2_grpc.DeployerServiceServicer):
         return deployment_message(record, health, self._deployments.name(record.name))
 
 
-def check(_kind: str, spec: deployer_pb2.DeploySpec | deployer_pb2.VerifySpec) -> None:
+def check(
+    _kind: str, spec: deployer_pb2.DeploySpec | deployer_pb2.VerifySpec | deployer_pb2.EvaluateSpec
+) -> None:
     """Refuse a spec out of bounds before its job is accepted.
 
     Raises:
@@ -135,6 +139,8 @@ def check(_kind: str, spec: deployer_pb2.DeploySpec | deployer_pb2.VerifySpec) -
     """
     if isinstance(spec, deployer_pb2.DeploySpec):
         _check_deploy(spec)
+    elif isinstance(spec, deployer_pb2.EvaluateSpec):
+        _check_evaluate(spec)
     else:
         _check_verify(spec)
 
@@ -175,6 +181,39 @@ def _check_verify(spec: deployer_pb2.VerifySpec) -> None:
         raise InvalidInput("run_json is not the text of a JSON object.", metadata={"field": "run_json"})
     if not spec.deployment:
         raise InvalidInput("deployment is empty; name what to test.", metadata={"field": "deployment"})
+
+
+def _check_evaluate(spec: deployer_pb2.EvaluateSpec) -> None:
+    names.check_name(spec.name)
+    _check_ref("suite", spec.suite, "suite")
+    _check_model("model", spec.model)
+    if len(spec.against) > _MAX_AGAINST:
+        raise InvalidInput(
+            f"against names {len(spec.against)} models; {_MAX_AGAINST} are the most.",
+            metadata={"field": "against"},
+        )
+    for number, model in enumerate(spec.against):
+        _check_model(f"against[{number}]", model)
+
+
+def _check_model(field: str, model: deployer_pb2.EvaluatedModel) -> None:
+    problem = ""
+    if bool(model.deployment) == bool(model.endpoint):
+        problem = "names a deployment or an endpoint, one of both"
+    elif model.endpoint:
+        address = urlsplit(model.endpoint)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            problem = f"has the endpoint {model.endpoint!r}, which is no http://HOST:PORT/v1"
+        elif address.username or address.password:
+            problem = "has a key in its endpoint, which reports show: hand it over as a secret"
+        elif not model.model:
+            problem = "has an endpoint and no name of the model there"
+    elif model.model or model.secret:
+        problem = "is a deployment, whose own name and address are used"
+    if not problem and not (0 <= model.parallel <= _PARALLEL[1] and model.context_tokens >= 0):
+        problem = f"needs parallel 0 to {_PARALLEL[1]}, and context_tokens from 0 on"
+    if problem:
+        raise InvalidInput(f"{field} {problem}.", metadata={"field": field})
 
 
 def _check_ref(field: str, message: artifacts_pb2.ArtifactRef, kind: str) -> None:

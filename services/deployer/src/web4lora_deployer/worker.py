@@ -17,8 +17,9 @@ from web4lora_chassis.settings import load
 
 from web4lora_deployer.deploy import DEFAULT_PARALLEL, DeployRequest, deploy
 from web4lora_deployer.deployments import Deployments
+from web4lora_deployer.evaluate import EvaluateRequest, evaluate
 from web4lora_deployer.messages import deployment_message
-from web4lora_deployer.results import budgets_of, result_message
+from web4lora_deployer.results import budgets_of, candidate_of, result_message
 from web4lora_deployer.runtimes.base import Health, State
 from web4lora_deployer.settings import DeployerSettings
 from web4lora_deployer.verify import VerifyRequest, verify
@@ -66,5 +67,21 @@ def run_verify(context: JobContext) -> Mapping[str, Any]:
     return to_json(result_message(outcome))
 
 
+def run_evaluate(context: JobContext) -> Mapping[str, Any]:
+    """Do an evaluate job."""
+    settings = load(DeployerSettings)
+    spec = ParseDict(dict(context.spec), deployer_pb2.EvaluateSpec())
+    request = EvaluateRequest(
+        name=spec.name,
+        model=candidate_of(spec.model),
+        suite=ref_of(spec.suite),
+        against=tuple(candidate_of(model) for model in spec.against),
+        budgets=budgets_of(spec.budgets, max_score_drop_points=None),
+        secrets=context.secrets,
+    )
+    outcome = evaluate(request, settings, open_store(settings), context.work_dir, context.report)
+    return to_json(result_message(outcome))
+
+
 if __name__ == "__main__":
-    sys.exit(worker_main({"deploy": run_deploy, "verify": run_verify}))
+    sys.exit(worker_main({"deploy": run_deploy, "verify": run_verify, "evaluate": run_evaluate}))

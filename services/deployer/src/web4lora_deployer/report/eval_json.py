@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
-from web4lora_deployer.report.facts import Measured, ReportFacts, VerifySummary
+from web4lora_deployer.report.facts import Comparison, Measured, ReportFacts, VerifySummary
+from web4lora_deployer.report.throughput import throughput_of
 from web4lora_deployer.suite import Answer, Score, score_details
 
 SCHEMA = "web4lora.eval/1"
@@ -23,8 +24,14 @@ def eval_json(facts: ReportFacts, summary: VerifySummary, measured_at: datetime)
         for prompt in prompts.values()
     ]
     for role, measured in facts.models.items():
-        for row, answer in zip(answers, measured.result.answers, strict=True):
+        constrained = {answer.id: answer for answer in measured.result.constrained}
+        for index, (row, answer) in enumerate(zip(answers, measured.result.answers, strict=True)):
             row[role] = _answer(answer)
+            if facts.suite.repeats > 1:
+                row[role]["repeats"] = _repeats([asked[index] for asked in measured.result.passes])
+            if answer.id in constrained:
+                row[role]["constrained"] = _answer(constrained[answer.id])
+    speeds = {role: throughput_of(facts, measured) for role, measured in facts.models.items()}
     return {
         "schema": SCHEMA,
         "name": facts.name,
@@ -37,6 +44,7 @@ def eval_json(facts: ReportFacts, summary: VerifySummary, measured_at: datetime)
             "digest": facts.suite.digest,
             "seed": facts.suite.seed,
             "prompts": len(facts.suite.prompts),
+            "repeats": facts.suite.repeats,
         },
         "models": {role: _model(measured) for role, measured in facts.models.items()},
         "scores": [_score(score) for score in summary.scores],
@@ -47,6 +55,9 @@ def eval_json(facts: ReportFacts, summary: VerifySummary, measured_at: datetime)
         "memory_bytes": summary.memory_bytes or None,
         "size_reduction": facts.size_reduction,
         "latency": [asdict(latency) for latency in facts.deployed.result.latency],
+        "throughput": {role: speed.to_json() for role, speed in speeds.items() if speed},
+        "llama_bench": asdict(facts.speed_limit) if facts.speed_limit else None,
+        "comparisons": [_comparison(facts, comparison) for comparison in facts.comparisons],
         "robustness": [{"id": a.id} | _answer(a) for a in facts.deployed.result.robustness],
         "answers": answers,
         "notes": list(facts.deployed.result.notes),
@@ -79,6 +90,28 @@ def _model(measured: Measured) -> dict[str, Any]:
         "requests_at_once": result.parallel,
         "output_tokens": result.output_tokens,
         "retries": result.retries,
+    }
+
+
+def _comparison(facts: ReportFacts, comparison: Comparison) -> dict[str, Any]:
+    speed = throughput_of(facts, comparison.other)
+    return {
+        "model": _model(comparison.other),
+        "same_file": comparison.same_file,
+        "same_answers": len(facts.suite.prompts) - len(comparison.differences),
+        "differences": [asdict(difference) for difference in comparison.differences],
+        "throughput": speed.to_json() if speed else None,
+    }
+
+
+def _repeats(asked: Sequence[Answer]) -> dict[str, Any]:
+    """Tell how stable a prompt's answers are."""
+    names = [check.name for check in asked[0].checks]
+    passed = [{check.name for check in answer.checks if check.passed} for answer in asked]
+    return {
+        "asked": len(asked),
+        "different_texts": len({answer.reply.text for answer in asked}),
+        "passed": {name: sum(name in each for each in passed) for name in names},
     }
 
 

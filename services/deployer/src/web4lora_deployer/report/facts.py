@@ -59,6 +59,71 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class SpeedLimit:
+    """What llama-bench reaches on the deployed model's file, one request after the other.
+
+    Attributes:
+        prompt_tokens: Length of its prompts, the suite's mean.
+        answer_tokens: Length of its answers, the suite's mean.
+        answer_tokens_per_second: Speed of answers alone.
+        all_tokens_per_second: Speed of prompts and answers together.
+        threads: That it used.
+    """
+
+    prompt_tokens: int
+    answer_tokens: int
+    answer_tokens_per_second: float
+    all_tokens_per_second: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A prompt that two models answered differently.
+
+    Attributes:
+        id: The prompt's.
+        core: Its core.
+        cause: One of `CAUSES`.
+        reason: Why, as far as can be told, for people.
+        text: The deployed model's answer.
+        other_text: The other one's.
+    """
+
+    id: str
+    core: str
+    cause: str
+    reason: str
+    text: str
+    other_text: str
+
+
+CAUSES: Mapping[str, str] = {
+    "prompt": "another prompt was read: template, BOS or context",
+    "refused": "a server refused the prompt",
+    "end": "the same words, but one answer ended earlier",
+    "rounding": "a near tie, decided by rounding",
+    "unexplained": "not explained by rounding",
+    "text": "other words",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The deployed model's answers beside those of another model.
+
+    Attributes:
+        other: The other model.
+        same_file: Whether both serve the same bytes; None when that is unknown.
+        differences: The prompts that were answered differently, in the suite's order.
+    """
+
+    other: Measured
+    same_file: bool | None
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
 class ReportFacts:
     """What a report is made from.
 
@@ -72,6 +137,8 @@ class ReportFacts:
         run: run.json: facts of the run so far; every key is optional.
         previous: eval.json of the last time.
         measured_at: When; now when absent.
+        speed_limit: What llama-bench reaches on the deployed model's file; None when it was not measured.
+        comparisons: Answers compared one by one with those of other models; the first one is `reference`.
     """
 
     name: str
@@ -83,12 +150,26 @@ class ReportFacts:
     run: Mapping[str, Any] = field(default_factory=dict)
     previous: Mapping[str, Any] | None = None
     measured_at: datetime | None = None
+    speed_limit: SpeedLimit | None = None
+    comparisons: tuple[Comparison, ...] = ()
 
     @property
     def models(self) -> dict[str, Measured]:
         """The models by role, in the order of columns: base, reference, deployed."""
         roles = {"base": self.base, "reference": self.reference, "deployed": self.deployed}
         return {role: measured for role, measured in roles.items() if measured}
+
+    @property
+    def all_models(self) -> tuple[Measured, ...]:
+        """The models and those that answers alone were compared with."""
+        known = tuple(self.models.values())
+        others = (comparison.other for comparison in self.comparisons)
+        return known + tuple(other for other in others if other not in known)
+
+    @property
+    def reference_label(self) -> str:
+        """What drops are measured from, in words."""
+        return self.reference.model.label if self.reference else "16 bit"
 
     @property
     def size_reduction(self) -> float | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import html
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -12,12 +11,17 @@ from web4lora_deployer.report import words
 from web4lora_deployer.report.changes import changes
 from web4lora_deployer.report.eval_json import versions
 from web4lora_deployer.report.facts import Measured, ReportFacts, VerifySummary, fact
-from web4lora_deployer.suite import Answer, Core, Gate, Score, score_details
+from web4lora_deployer.report.marks import code as _code
+from web4lora_deployer.report.marks import fenced as _fenced
+from web4lora_deployer.report.marks import plain as _plain
+from web4lora_deployer.report.marks import table
+from web4lora_deployer.report.same_answers import same_answers
+from web4lora_deployer.report.throughput import throughput
+from web4lora_deployer.suite import Answer, Core, Gate, Score, Suite, score_details
 from web4lora_deployer.suite.budgets import points
 from web4lora_deployer.suite.robustness import TITLES as ROBUSTNESS_TITLES
 
 _SHOWN_FAILURES = 8
-_SHOWN_CHARACTERS = 1500
 
 
 def eval_log(facts: ReportFacts, summary: VerifySummary, measured_at: datetime, plots: Sequence[str]) -> str:
@@ -37,7 +41,9 @@ def eval_log(facts: ReportFacts, summary: VerifySummary, measured_at: datetime, 
         *(_core(facts, summary, core) for core in facts.suite.cores),
         _all_answers(facts, summary),
         _speed(facts, summary),
+        throughput(facts),
         _plots(plots),
+        same_answers(facts),
         changes(facts, summary),
         _gates(summary.gates),
         _failures(facts),
@@ -46,21 +52,14 @@ def eval_log(facts: ReportFacts, summary: VerifySummary, measured_at: datetime, 
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Write a table whose first `left` columns are aligned left, the others right."""
-    marks = [":--" if column < left else "--:" for column in range(len(head))]
-    lines = [head, marks, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _head(facts: ReportFacts, summary: VerifySummary) -> str:
     sign = "✅" if summary.passed else "❌"
     model = facts.deployed.model
     words_of = [f"**{_plain(model.id or facts.name)}**", model.label]
     if model.size_bytes:
         words_of.append(words.size(model.size_bytes))
-    if facts.size_reduction is not None:
-        words_of.append(f"{words.reduction(facts.size_reduction)} against 16 bit")
+    if facts.size_reduction:
+        words_of.append(f"{words.reduction(facts.size_reduction)} against {_plain(facts.reference_label)}")
     if summary.tokens_per_second:
         words_of.append(f"{summary.tokens_per_second:.0f} tokens/s")
     if model.target:
@@ -140,6 +139,8 @@ def _detail_table(facts: ReportFacts, details: Sequence[Score]) -> str:
 def _all_answers(facts: ReportFacts, summary: VerifySummary) -> str:
     scores = [score for score in summary.scores if not score.core]
     text = f"## All answers\n\n{_score_table(facts, summary, scores)}"
+    if facts.suite.repeats > 1:
+        text += f"\n\n{_stability(facts)}"
     odd = facts.deployed.result.robustness
     rows = []
     for name, title in ROBUSTNESS_TITLES.items():
@@ -149,6 +150,23 @@ def _all_answers(facts: ReportFacts, summary: VerifySummary) -> str:
             passed = sum(check.passed for check in checks)
             rows.append([title, f"{passed} of {len(checks)}", _plain(failed)])
     return f"{text}\n\n{table(['odd prompts', 'passed', 'first failure'], rows)}" if rows else text
+
+
+def _stability(facts: ReportFacts) -> str:
+    """Tell how many prompts got the same answer each time."""
+    parts = []
+    for measured in facts.models.values():
+        texts: dict[str, set[str]] = {}
+        for answers in measured.result.passes:
+            for answer in answers:
+                texts.setdefault(answer.id, set()).add(answer.reply.text)
+        same = sum(len(found) == 1 for found in texts.values())
+        parts.append(f"{_plain(measured.model.label)} {same}")
+    prompts = words.plural(len(facts.suite.prompts), "prompt")
+    return (
+        f"Asked {facts.suite.repeats} times, so many of the {prompts} got the same text each time: "
+        f"{', '.join(parts)}. `eval.json` has each prompt's."
+    )
 
 
 def _speed(facts: ReportFacts, summary: VerifySummary) -> str:
@@ -214,7 +232,7 @@ def _core_failures(facts: ReportFacts, core: Core, failed: Sequence[Answer]) -> 
     yield f"<details><summary>{summary}{sum(p.core == core.name for p in prompts.values())} failed</summary>"
     for answer in order[:_SHOWN_FAILURES]:
         before = reference.get(answer.id)
-        lost = ", which 16 bit passed" if before and before.passed else ""
+        lost = f", which {_plain(facts.reference_label)} passed" if before and before.passed else ""
         yield f"**{_plain(answer.id)}**{lost}: {_plain(prompts[answer.id].question)}"
         yield _fenced(answer.reply.text)
         yield f"Wanted:\n\n{_fenced(prompts[answer.id].reference)}"
@@ -239,21 +257,27 @@ def _told(answer: Answer) -> Iterator[str]:
 
 def _method(facts: ReportFacts, measured_at: datetime) -> str:
     suite, result = facts.suite, facts.deployed.result
-    roles = {"base": "untrained base", "reference": "16 bit, the reference", "deployed": "deployed"}
-    rows = [[roles[role], *_model_cells(measured)] for role, measured in facts.models.items()]
+    reference = f"{_plain(facts.reference_label)}, the reference"
+    roles = {"base": "untrained base", "reference": reference, "deployed": "under test"}
+    known = [(roles[role], measured) for role, measured in facts.models.items()]
+    known += [("compared", measured) for measured in facts.all_models[len(known) :]]
+    rows = [[role, *_model_cells(measured)] for role, measured in known]
     models = table(
         ["model", "name", "digest", "size", "runtime", "context", "at once", "time", "retries"], rows
     )
     lines = [
         f"Suite {_code(suite.name)} ({words.short_digest(suite.digest)}): "
-        f"{words.plural(len(suite.prompts), 'prompt')}, the same for each model, each asked once through "
-        f"`/v1/chat/completions`: temperature 0, seed {suite.seed}, answers cut off at "
+        f"{words.plural(len(suite.prompts), 'prompt')}, the same for each model, each asked {_times(suite)} "
+        f"through `/v1/chat/completions`: temperature 0, seed {suite.seed}, answers cut off at "
         + ", ".join(f"{core.max_tokens} tokens ({_plain(core.name)})" for core in suite.cores)
         + ".",
         "Greedy answers are the same each time but for one thing: a server that works on several requests in "
         "one batch adds floats up in another order, so a rare answer may differ from run to run.",
-        "Drops are paired: prompts that 16 bit passed and the deployed model failed, less those the other "
-        "way round. Intervals are at 95 %: Wilson's for a score, Tango's score interval for a paired drop.",
+        f"Drops are paired: prompts that {_plain(facts.reference_label)} passed and the model under test "
+        "failed, less those the other way round. Intervals are at 95 %: Wilson's for a score, Tango's score "
+        "interval for a paired drop."
+        + (" The repeats of a prompt count as one cluster." if suite.repeats > 1 else ""),
+        _constrained_method(facts),
         _speed_method(facts),
         *(f"Left out: {_plain(note)}." for note in result.notes),
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
@@ -291,26 +315,19 @@ def _speed_method(facts: ReportFacts) -> str:
     )
 
 
+def _times(suite: Suite) -> str:
+    return "once" if suite.repeats == 1 else f"{suite.repeats} times"
+
+
+def _constrained_method(facts: ReportFacts) -> str:
+    if not facts.deployed.result.constrained:
+        return ""
+    return (
+        "Constrained: the tool calls were asked for once more with a JSON schema in `response_format`, so "
+        "that the runtime allows no other tokens. These answers are scored apart and enter no other score."
+    )
+
+
 def _run_line(run: Mapping[str, Any]) -> str:
     run_id = fact(run, "run_id")
     return f" Run {_code(str(run_id))}." if run_id else ""
-
-
-def _plain(text: str) -> str:
-    """Make a text safe inside a paragraph or a table's cell: no markup, no line ends."""
-    line = html.escape(" ".join(text.split()), quote=False)
-    # An underscore within a word is no markup.
-    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
-
-
-def _code(text: str) -> str:
-    """Show a short name as code, also within a table's cell."""
-    return "`" + re.sub(r"[`|\s]+", " ", text).strip() + "`"
-
-
-def _fenced(text: str) -> str:
-    """Show a text as it is, in a fence longer than any within it."""
-    shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}\n… cut here"
-    longest = max((len(run) for run in re.findall(r"`+", shown)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{shown.strip() or '(empty)'}\n{fence}"
