@@ -10,8 +10,10 @@ import json
 import logging
 import secrets
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput, NotFound, Web4Error
@@ -44,6 +46,7 @@ class DeployRequest:
         target: A runtime, or "auto".
         context_tokens: Context length of one request; None takes the packager's advice, else 4096.
         parallel: Requests answered at once, where the runtime lets us choose.
+        parameters: Fields of `Parameters` that win over the report's.
     """
 
     name: str
@@ -52,6 +55,7 @@ class DeployRequest:
     target: str = AUTO
     context_tokens: int | None = None
     parallel: int = DEFAULT_PARALLEL
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,13 @@ class DeployOutcome:
         deployment: Its record.
         deployed: Where it answers.
         ready_seconds: From the call to the first answer.
+        unchanged: The same was deployed already and went on serving.
     """
 
     deployment: Deployment
     deployed: Deployed
     ready_seconds: float
+    unchanged: bool
 
 
 def deploy(
@@ -118,7 +124,8 @@ def deploy(
     )
     deployments.save(wanted)
     wanted = leave_others(wanted, deployments, settings)
-    return DeployOutcome(wanted, deployed, ready_seconds)
+    unchanged = before is not None and before.loaded and before.generation == wanted.generation
+    return DeployOutcome(wanted, deployed, ready_seconds, unchanged)
 
 
 def _runtime(target: str, settings: DeployerSettings) -> Runtime:
@@ -161,7 +168,7 @@ def _fetch(
     folder = deployments.models / entry.sha256[:16]
     store.get(request.gguf, folder, advance=advance)
     facts = read_facts(folder / entry.path)
-    parameters = _parameters(request.files, store, work_dir)
+    parameters = replace(_parameters(request.files, store, work_dir), **request.parameters)
     context_tokens = request.context_tokens or parameters.context_tokens or DEFAULT_CONTEXT_TOKENS
     deployment_id = names.candidate_id(request.name, entry.sha256)
     return Deployment(

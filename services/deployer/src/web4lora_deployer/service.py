@@ -16,6 +16,7 @@ from web4lora_chassis.rpc import JobApi, ref_of
 from web4lora_deployer import names, promotion
 from web4lora_deployer.deployments import Deployment, Deployments
 from web4lora_deployer.messages import deployment_message, runtime_message
+from web4lora_deployer.registry import parse_reference
 from web4lora_deployer.runtimes import AUTO, RUNTIMES, check_target, open_runtime
 from web4lora_deployer.settings import DeployerSettings
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _CONTEXT_TOKENS = (128, 1 << 20)
 _PARALLEL = (1, 64)
+_HOTTEST = 2.0
 _MAX_AGAINST = 4
 
 
@@ -130,7 +132,11 @@ class DeployerService(deployer_pb2_grpc.DeployerServiceServicer):
 
 
 def check(
-    _kind: str, spec: deployer_pb2.DeploySpec | deployer_pb2.VerifySpec | deployer_pb2.EvaluateSpec
+    _kind: str,
+    spec: deployer_pb2.DeploySpec
+    | deployer_pb2.VerifySpec
+    | deployer_pb2.EvaluateSpec
+    | deployer_pb2.PushSpec,
 ) -> None:
     """Refuse a spec out of bounds before its job is accepted.
 
@@ -141,6 +147,8 @@ def check(
         _check_deploy(spec)
     elif isinstance(spec, deployer_pb2.EvaluateSpec):
         _check_evaluate(spec)
+    elif isinstance(spec, deployer_pb2.PushSpec):
+        _check_push(spec)
     else:
         _check_verify(spec)
 
@@ -157,6 +165,13 @@ def _check_deploy(spec: deployer_pb2.DeploySpec) -> None:
         _check_range("context_tokens", settings.context_tokens, *_CONTEXT_TOKENS)
     if settings.HasField("parallel"):
         _check_range("parallel", settings.parallel, *_PARALLEL)
+    if not 0 <= spec.parameters.temperature <= _HOTTEST:
+        raise InvalidInput(
+            f"parameters.temperature is {spec.parameters.temperature:g}; it needs 0 to {_HOTTEST:g}.",
+            metadata={"field": "parameters.temperature"},
+        )
+    if not all(spec.parameters.stop):
+        raise InvalidInput("parameters.stop holds an empty text.", metadata={"field": "parameters.stop"})
 
 
 def _check_range(field: str, value: int, low: int, high: int) -> None:
@@ -194,6 +209,12 @@ def _check_evaluate(spec: deployer_pb2.EvaluateSpec) -> None:
         )
     for number, model in enumerate(spec.against):
         _check_model(f"against[{number}]", model)
+
+
+def _check_push(spec: deployer_pb2.PushSpec) -> None:
+    if not spec.deployment:
+        raise InvalidInput("deployment is empty; name what to push.", metadata={"field": "deployment"})
+    parse_reference(spec.reference)
 
 
 def _check_model(field: str, model: deployer_pb2.EvaluatedModel) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from google.protobuf.json_format import ParseDict
 from web4.lora.v1 import deployer_pb2
 from web4lora_chassis.artifacts import open_store
+from web4lora_chassis.errors import FailedPrecondition
 from web4lora_chassis.jobs import JobContext, worker_main
 from web4lora_chassis.rpc import ref_of
 from web4lora_chassis.rpc.jobs import to_json
@@ -19,6 +20,8 @@ from web4lora_deployer.deploy import DEFAULT_PARALLEL, DeployRequest, deploy
 from web4lora_deployer.deployments import Deployments
 from web4lora_deployer.evaluate import EvaluateRequest, evaluate
 from web4lora_deployer.messages import deployment_message
+from web4lora_deployer.push import PushRequest, push
+from web4lora_deployer.registry import read_credentials
 from web4lora_deployer.results import budgets_of, candidate_of, result_message
 from web4lora_deployer.runtimes.base import Health, State
 from web4lora_deployer.settings import DeployerSettings
@@ -37,6 +40,7 @@ def run_deploy(context: JobContext) -> Mapping[str, Any]:
         target=how.target if how.HasField("target") else settings.target,
         context_tokens=how.context_tokens if how.HasField("context_tokens") else None,
         parallel=how.parallel if how.HasField("parallel") else DEFAULT_PARALLEL,
+        parameters=_parameters(spec.parameters),
     )
     outcome = deploy(request, settings, open_store(settings), context.work_dir, context.report)
     health = Health(State.SERVING, deployed=outcome.deployed)
@@ -45,6 +49,7 @@ def run_deploy(context: JobContext) -> Mapping[str, Any]:
         deployer_pb2.DeployResult(
             deployment=deployment_message(outcome.deployment, health, name),
             ready_seconds=outcome.ready_seconds,
+            unchanged=outcome.unchanged,
         )
     )
 
@@ -83,5 +88,43 @@ def run_evaluate(context: JobContext) -> Mapping[str, Any]:
     return to_json(result_message(outcome))
 
 
+def run_push(context: JobContext) -> Mapping[str, Any]:
+    """Do a push job."""
+    spec = ParseDict(dict(context.spec), deployer_pb2.PushSpec())
+    if spec.secret and spec.secret not in context.secrets:
+        raise FailedPrecondition(
+            "The registry's login was forgotten when the deployer was restarted.",
+            fix="Push again; what has arrived is not sent again.",
+            reason="SECRETS_LOST",
+        )
+    request = PushRequest(
+        deployment=spec.deployment,
+        reference=spec.reference,
+        credentials=read_credentials(context.secrets.get(spec.secret, "")),
+        plain_http=spec.plain_http,
+    )
+    outcome = push(request, load(DeployerSettings), context.report)
+    return to_json(
+        deployer_pb2.PushResult(
+            reference=outcome.reference,
+            digest=outcome.digest,
+            size_bytes=outcome.size_bytes,
+            sent_bytes=outcome.sent_bytes,
+        )
+    )
+
+
+def _parameters(message: deployer_pb2.ModelParameters) -> dict[str, Any]:
+    """Return the parameters that a message sets, by the names of `Parameters`."""
+    given: dict[str, Any] = {
+        name: getattr(message, name)
+        for name in ("system", "temperature", "license")
+        if message.HasField(name)
+    }
+    return {**given, "stop": tuple(message.stop)} if message.stop else given
+
+
+HANDLERS = {"deploy": run_deploy, "verify": run_verify, "evaluate": run_evaluate, "push": run_push}
+
 if __name__ == "__main__":
-    sys.exit(worker_main({"deploy": run_deploy, "verify": run_verify, "evaluate": run_evaluate}))
+    sys.exit(worker_main(HANDLERS))
