@@ -98,3 +98,12 @@ def test_the_plot_is_a_png_of_a_readable_size(tmp_path: Path) -> None:
         assert image.width >= 800
     plot_losses(steps[:1], BAND, "one step", tmp_path / "one.png")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".part")] == []
+
+
+def test_a_long_title_stays_inside_the_plot(tmp_path: Path) -> None:
+    from PIL import Image
+
+    plot_losses(rows([3.0, 2.0, 1.0]), BAND, "above the band, train longer " * 5, tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as image:
+        edges = [image.convert("L").crop((x, 0, x + 3, 40)) for x in (0, image.width - 3)]
+    assert all(edge.getextrema() == (255, 255) for edge in edges)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ _END_SHARE = 0.1
 _END_STEPS = 10
 _STILL_FALLING = 0.05
 _SMOOTHING = 0.9
+_TITLE_CHARACTERS = 100
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path)
     Args:
         rows: The steps.
         band: Where the loss should settle.
-        title: One line above the plot.
+        title: Above the plot, broken into lines that fit.
         path: The PNG to write.
     """
     from matplotlib.figure import Figure
@@ -218,7 +220,7 @@ def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path)
     axes.set_xlim(min(steps) - margin, max(steps) + margin)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("cross entropy per answer token (nats)")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(textwrap.fill(title, _TITLE_CHARACTERS), fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     part = path.with_name(f".part-{path.name}")
