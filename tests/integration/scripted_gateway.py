@@ -88,6 +88,7 @@ def results() -> dict[str, dict[str, Any]]:
         "PACKAGE": {"package_result": packaged},
         "DEPLOY": {"deploy_result": deployed},
         "VERIFY": {"verify_result": verified()},
+        "PROMOTE": {"promote_result": promoted()},
     }
 
 
@@ -100,6 +101,25 @@ def deployment(endpoint: str) -> deployer_pb2.Deployment:
         model="web4-demo:v1a2b3c4d",
         state=deployer_pb2.DEPLOYMENT_STATE_SERVING,
         runtime_version="b1",
+        promoted=True,
+    )
+
+
+def promoted() -> gateway_pb2.PromoteResult:
+    serving = deployment("http://127.0.0.1:8480/v1")
+    return gateway_pb2.PromoteResult(
+        outcome=gateway_pb2.PROMOTE_OUTCOME_PROMOTED,
+        candidate=serving.id,
+        serving=serving,
+        summary=f"web4-demo stands for {serving.id} now: every limit was kept.",
+    )
+
+
+def kept() -> gateway_pb2.PromoteResult:
+    return gateway_pb2.PromoteResult(
+        outcome=gateway_pb2.PROMOTE_OUTCOME_KEPT,
+        candidate="web4-demo:v1a2b3c4d",
+        summary="web4-demo:v1a2b3c4d is not promoted: 1 of 2 limits were missed.",
     )
 
 
@@ -152,6 +172,8 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer, artifacts_pb2_grp
         self.retried: list[gateway_pb2.RetryRunRequest] = []
         self.endpoint = "http://127.0.0.1:9/v1"
         self.cancelled = threading.Event()
+        self.not_promoted = False
+        self.called: list[Any] = []
         self.run = gateway_pb2.Run()
         self.snapshots: list[gateway_pb2.Run] = []
 
@@ -185,7 +207,10 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer, artifacts_pb2_grp
                 run.error.CopyFrom(error)
                 self._snap(run)
                 return
-            run.stages[index].CopyFrom(_stage(name, "SUCCEEDED", **results()[name]))
+            result = results()[name]
+            if name == "PROMOTE" and self.not_promoted:
+                result = {"promote_result": kept()}
+            run.stages[index].CopyFrom(_stage(name, "SUCCEEDED", **result))
             self._snap(run)
         run.state = gateway_pb2.RUN_STATE_SUCCEEDED
         run.end_time.FromSeconds(1_795_357_999)
@@ -273,6 +298,23 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer, artifacts_pb2_grp
 
     def ListDeployments(self, request: Any, context: Any) -> Any:
         return gateway_pb2.GatewayServiceListDeploymentsResponse(deployments=[deployment(self.endpoint)])
+
+    def PromoteDeployment(self, request: Any, context: Any) -> Any:
+        self.called.append(request)
+        found = deployment(self.endpoint)
+        if request.id != found.id:
+            _abort(context, NotFound(f"There is no deployment {request.id!r}.", fix="List them."))
+        return gateway_pb2.GatewayServicePromoteDeploymentResponse(deployment=found)
+
+    def RollbackDeployment(self, request: Any, context: Any) -> Any:
+        self.called.append(request)
+        if request.name != "web4-demo":
+            _abort(context, NotFound(f"Nothing serves under the name {request.name!r}.", fix="List them."))
+        return gateway_pb2.GatewayServiceRollbackDeploymentResponse(deployment=deployment(self.endpoint))
+
+    def DeleteDeployment(self, request: Any, context: Any) -> Any:
+        self.called.append(request)
+        return gateway_pb2.GatewayServiceDeleteDeploymentResponse()
 
     def ListArtifacts(self, request: artifacts_pb2.ListArtifactsRequest, context: Any) -> Any:
         kind = artifacts_pb2.ArtifactKind.Name(request.kind).removeprefix("ARTIFACT_KIND_").lower()

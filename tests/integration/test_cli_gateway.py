@@ -175,6 +175,40 @@ def test_json_is_the_contracts_own(desk: Desk) -> None:
     assert deployed["state"] == "DEPLOYMENT_STATE_SERVING"
 
 
+def test_what_is_not_promoted_says_so_and_is_asked_by_its_own_id(desk: Desk) -> None:
+    desk.gateway.not_promoted = True
+    rows = desk.run("run", "demo.yaml").stdout.splitlines()
+    (row,) = [row for row in rows if row.startswith("  promote    web4-demo")]
+    assert row.startswith("  promote    web4-demo:v1a2b3c4d is not promoted: 1 of 2 limits were missed.   !")
+    assert any("chat web4-demo:v1a2b3c4d 'Create an agent" in row for row in rows)
+
+
+def test_deployments_are_promoted_rolled_back_and_deleted(desk: Desk) -> None:
+    the_id = "web4-demo:v1a2b3c4d"
+    assert "✓" in desk.run("deployments", "list").stdout.splitlines()[1]
+    says = f"✓ web4-demo stands for {the_id} now: llama-server, http://127.0.0.1:9/v1"
+    assert desk.run("deployments", "promote", the_id).stdout.strip() == says
+    assert desk.run("deployments", "rollback", "web4-demo").stdout.strip() == says
+    assert desk.gateway.called[-1].from_id == the_id  # so that the call can be repeated
+    told = json.loads(desk.run("deployments", "promote", the_id, "--json").stdout)
+    assert told["promoted"] is True
+
+    done = desk.run("deployments", "delete", the_id, code=1)
+    assert done.stderr.startswith(f"✗ web4-demo stands for {the_id}: without it nothing serves")
+    before = len(desk.gateway.called)
+    assert "is gone from llama-server" in desk.run("deployments", "delete", the_id, "--force").stdout
+    assert desk.gateway.called[before].id == the_id
+    gone = desk.run("deployments", "delete", "web4-demo:v00000000").stdout
+    assert gone.strip() == "There was no deployment web4-demo:v00000000."
+
+    done = desk.run("deployments", "promote", "web4-demo", code=2)
+    assert "web4-demo is not the id of a deployment." in done.stderr
+    done = desk.run("deployments", "rollback", the_id, code=2)
+    assert "`web4lora deployments rollback web4-demo`" in done.stderr
+    done = desk.run("deployments", "rollback", "other", code=1)
+    assert "Nothing serves under the name 'other'" in done.stderr
+
+
 def test_runs_are_listed_shown_and_repeated(desk: Desk) -> None:
     assert "There are no runs yet" in desk.run("runs", "list").stdout
     desk.run("run", "demo.yaml", "--detach")
@@ -188,7 +222,7 @@ def test_runs_are_listed_shown_and_repeated(desk: Desk) -> None:
     desk.run("runs", "retry", "latest", "--from", "package", "--detach")
     assert desk.gateway.retried[0].from_stage == gateway_pb2.STAGE_NAME_PACKAGE
     done = desk.run("runs", "retry", "--from", "packing", code=2)
-    assert "The stages are prepare, train, package, deploy, verify." in done.stderr
+    assert "The stages are prepare, train, package, deploy, verify, promote." in done.stderr
     done = desk.run("runs", "show", "run_1", code=1)
     assert done.stderr.splitlines() == ["✗ There is no run run_1.", "  `web4lora runs list` shows them."]
     assert "had ended already: succeeded" in desk.run("runs", "cancel").stdout

@@ -22,6 +22,7 @@ from web4lora.pipeline_file import PipelineFile, read_pipeline
 from web4lora.upload import store_dataset, store_suite
 
 _CALL_SECONDS = 30.0
+_LOAD_SECONDS = 900.0  # a large model is loaded before its name moves
 _AWAY_SECONDS = 60.0
 _PAGE = 100
 STAGES = tuple(name.removeprefix("STAGE_NAME_").lower() for name in gateway_pb2.StageName.keys()[1:])
@@ -205,26 +206,67 @@ class Client:
     def deployments(self) -> list[deployer_pb2.Deployment]:
         """Return what is deployed, newest first."""
         request = gateway_pb2.GatewayServiceListDeploymentsRequest()
-        found = list(self._call(self._gateway.ListDeployments, request).deployments)
-        for deployment in found:  # a deployer in a container has a name of its own for this machine
-            deployment.endpoint = deployment.endpoint.replace("//host.docker.internal", "//127.0.0.1", 1)
-        return found
+        return [
+            _seen_from_here(each) for each in self._call(self._gateway.ListDeployments, request).deployments
+        ]
 
     def deployment(self, name: str) -> deployer_pb2.Deployment:
-        """Return a deployment by its id, or the newest of a name.
+        """Return a deployment by its id, or the promoted one of a name; the newest when none is promoted.
 
         Raises:
             NotFound: Nothing of that name is deployed.
         """
         deployments = self.deployments()
-        for deployment in deployments:
-            if name in (deployment.id, deployment.name):
-                return deployment
+        found = [deployment for deployment in deployments if name in (deployment.id, deployment.name)]
+        for deployment in sorted(found, key=lambda each: not each.promoted):
+            return deployment
         known = ", ".join(dict.fromkeys(deployment.name for deployment in deployments))
         raise NotFound(
             f"No model called {name!r} is deployed.",
             fix=f"These are: {known}." if known else "Nothing is: `web4lora run PIPELINE.yaml` deploys one.",
         )
+
+    def promote(self, deployment_id: str) -> deployer_pb2.Deployment:
+        """Point a deployment's name at it, once it has answered; safe to repeat.
+
+        Raises:
+            NotFound: No such deployment.
+            FailedPrecondition: It does not answer.
+            ResourceExhausted: Memory does not suffice to load it.
+            Unavailable: Its runtime is out of reach.
+        """
+        request = gateway_pb2.GatewayServicePromoteDeploymentRequest(id=deployment_id)
+        answer = self._call(self._gateway.PromoteDeployment, request, _LOAD_SECONDS)
+        return _seen_from_here(answer.deployment)
+
+    def roll_back(self, name: str, *, from_id: str = "") -> deployer_pb2.Deployment:
+        """Point a name back at the candidate that served under it before.
+
+        Args:
+            name: The name people call.
+            from_id: The candidate to go back from, which makes the call safe to repeat: when the name stands
+                for another one already, that one is returned.
+
+        Raises:
+            NotFound: Nothing serves under the name.
+            FailedPrecondition: There is no earlier candidate, or it does not answer.
+            ResourceExhausted: Memory does not suffice to load it.
+            Unavailable: Its runtime is out of reach.
+        """
+        request = gateway_pb2.GatewayServiceRollbackDeploymentRequest(name=name, from_id=from_id)
+        answer = self._call(self._gateway.RollbackDeployment, request, _LOAD_SECONDS)
+        return _seen_from_here(answer.deployment)
+
+    def delete_deployment(self, deployment_id: str) -> None:
+        """Take a deployment out of its runtime, and its name too when that stands for it.
+
+        What is gone already is no error.
+
+        Raises:
+            Unavailable: Its runtime is out of reach.
+        """
+        request = gateway_pb2.GatewayServiceDeleteDeploymentRequest(id=deployment_id)
+        self._call(self._gateway.DeleteDeployment, request, _LOAD_SECONDS)
 
     def artifacts(self, kind: str = "", name: str = "") -> Iterator[artifacts_pb2.Artifact]:
         """Yield the artifacts of a kind and a name, newest first; empty means any.
@@ -306,9 +348,9 @@ class Client:
             message.verify.suite.CopyFrom(ref_message(suite))
         return message
 
-    def _call(self, method: Callable[..., R], request: Any) -> R:
+    def _call(self, method: Callable[..., R], request: Any, seconds: float = _CALL_SECONDS) -> R:
         try:
-            return method(request, timeout=_CALL_SECONDS)
+            return method(request, timeout=seconds)
         except grpc.RpcError as call:
             raise self._error(call) from call
 
@@ -327,6 +369,12 @@ class Client:
 def ended(run: gateway_pb2.Run) -> bool:
     """True when a run will never change again."""
     return run.state in _TERMINAL
+
+
+def _seen_from_here(deployment: deployer_pb2.Deployment) -> deployer_pb2.Deployment:
+    """Return a deployment with an address for this machine: a deployer in a container has its own for it."""
+    deployment.endpoint = deployment.endpoint.replace("//host.docker.internal", "//127.0.0.1", 1)
+    return deployment
 
 
 def stage_value(name: str) -> gateway_pb2.StageName.ValueType:

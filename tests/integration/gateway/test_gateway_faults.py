@@ -27,7 +27,7 @@ def test_a_killed_gateway_goes_on_with_the_same_job(stack, stage, states, kind):
     stack.release(kind)
     last = stack.finish(run.id)
     assert last.state == gateway_pb2.RUN_STATE_SUCCEEDED, last.error
-    assert states(last) == ["SUCCEEDED"] * 5
+    assert states(last) == ["SUCCEEDED"] * 6
     made = [job["kind"] for worker in ("trainer", "packager", "deployer") for job in stack.jobs(worker)]
     assert made == ["prepare", "train", "package", "deploy", "verify"]
 
@@ -96,7 +96,7 @@ def test_cancel_stops_the_job(stack, stage, states):
     assert answer.state == gateway_pb2.RUN_STATE_CANCELLING
     last = stack.finish(run.id)
     assert last.state == gateway_pb2.RUN_STATE_CANCELLED
-    assert states(last) == ["SUCCEEDED", "CANCELLED", "PENDING", "PENDING", "PENDING"]
+    assert states(last) == ["SUCCEEDED", "CANCELLED", "PENDING", "PENDING", "PENDING", "PENDING"]
     assert [job["state"] for job in stack.jobs("trainer")] == ["SUCCEEDED", "CANCELLED"]
     facts = json.loads((stack.outputs / run.id / "run.json").read_text())
     assert facts["state"] == "CANCELLED"
@@ -105,7 +105,7 @@ def test_cancel_stops_the_job(stack, stage, states):
 
     stack.release("train")
     retried = stack.api.RetryRun(gateway_pb2.RetryRunRequest(id=run.id)).run
-    assert states(stack.finish(retried.id)) == ["REUSED"] + ["SUCCEEDED"] * 4
+    assert states(stack.finish(retried.id)) == ["REUSED"] + ["SUCCEEDED"] * 5
 
 
 def test_a_cancel_outlives_the_gateway(stack, stage):

@@ -61,7 +61,9 @@ def whole() -> RunRecord:
     deployment = {"id": "demo:v1", "target": "llama-server", "endpoint": "http://127.0.0.1:8480/v1"}
     made = done(made, "deploy", {"deployment": deployment})
     score = {"name": "tool_call.valid", "prompts": 40, "deployed_percent": 99.0, "drop_points": 0.0}
-    return done(made, "verify", {"passed": True, "verdict": "usable", "scores": [score]})
+    made = done(made, "verify", {"passed": True, "verdict": "usable", "scores": [score]})
+    promoted = {"outcome": "PROMOTE_OUTCOME_PROMOTED", "candidate": "demo:v1", "serving": deployment}
+    return done(made, "promote", promoted)
 
 
 def test_every_stage_adds_its_facts():
@@ -80,6 +82,9 @@ def test_every_stage_adds_its_facts():
     assert facts["package"]["merge"] == {"adapter_tensors": 240}
     assert facts["deploy"]["endpoint"] == "http://127.0.0.1:8480/v1"
     assert facts["verify"]["scores"][0]["deployed_percent"] == 99
+    assert facts["promote"] == {
+        "outcome": "promoted", "candidate": "demo:v1", "serving": "demo:v1", "summary": "",
+    }  # fmt: skip
     assert facts["stages"]["train"] == {
         "state": "SUCCEEDED", "seconds": 2.5, "started": "1970-01-01T00:00:10.000+00:00",
         "ended": "1970-01-01T00:00:12.500+00:00", "job_id": "train-1", "key": "k",
@@ -90,7 +95,7 @@ def test_every_stage_adds_its_facts():
 
 def test_what_is_not_known_is_left_out():
     facts = json.loads(run_json(record()))
-    for name in ("train", "package", "deploy", "verify", "error", "ended"):
+    for name in ("train", "package", "deploy", "verify", "promote", "error", "ended"):
         assert name not in facts
     assert facts["stages"]["train"] == {"state": "PENDING"}
 
@@ -122,12 +127,31 @@ def test_a_run_becomes_a_message():
     assert message.state == gateway_pb2.RUN_STATE_SUCCEEDED
     assert [stage.WhichOneof("result") for stage in message.stages] == [
         "prepare_result", "train_result", "package_result", "deploy_result", "verify_result",
+        "promote_result",
     ]  # fmt: skip
     assert message.stages[3].state == gateway_pb2.STAGE_STATE_REUSED
     assert message.create_time.ToMilliseconds() == 1795300000500
     empty = run_message(record().with_stage("train", result={}))
     assert empty.stages[1].WhichOneof("result") == "train_result"
     assert empty.stages[0].WhichOneof("result") is None
+
+
+def test_a_run_that_ended_before_there_was_a_last_stage_is_told_as_it_was_made():
+    made = whole()
+    data = json.loads(json.dumps(made.changed(stages=made.stages[:-1]).to_json()))
+    old = RunRecord.from_json(data)
+    assert "promote" not in json.loads(run_json(old))["stages"]
+    assert [stage.name for stage in run_message(old).stages] == list(range(1, 6))
+    assert old.stage("promote").state is StageState.PENDING
+    assert old.forced("promote") is False
+
+
+def test_a_run_at_work_when_the_last_stage_came_gets_it():
+    made = whole().changed(stages=whole().stages[:-1], state=RunState.RUNNING)
+    later = made.with_stage("promote", state=StageState.RUNNING)
+    assert [stage.name for stage in later.stages][-2:] == ["verify", "promote"]
+    assert later.stage("promote").state is StageState.RUNNING
+    assert later.with_stage("promote", state=StageState.SUCCEEDED).stages[:-1] == made.stages
 
 
 def test_revisions_grow_even_when_the_clock_does_not():

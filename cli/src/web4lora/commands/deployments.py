@@ -1,17 +1,24 @@
-"""`web4lora deployments`: what answers on this machine."""
+"""`web4lora deployments`: what answers on this machine, and which model a name stands for."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 from rich.table import Table
+from rich.text import Text
 from web4.lora.v1 import deployer_pb2
+from web4lora_chassis.errors import FailedPrecondition, InvalidInput
 
 from web4lora.client import Client
 from web4lora.commands.options import Json, examples
 from web4lora.views import human
-from web4lora.views.console import data_of, line, out, print_json
+from web4lora.views.console import OK, STYLES, data_of, line, mark, out, print_json
 
-app = typer.Typer(help="See what is deployed.", no_args_is_help=True)
+app = typer.Typer(help="See what is deployed, promote it, roll it back.", no_args_is_help=True)
+DeploymentId = Annotated[
+    str, typer.Argument(metavar="ID", help="As `list` shows it: web4-demo:v1a2b3c4d.", show_default=False)
+]
 
 
 @app.callback()
@@ -21,7 +28,7 @@ def _group() -> None:
 
 @app.command("list", epilog=examples("web4lora deployments list", "web4lora deployments list --json"))
 def list_deployments(as_json: Json = False) -> None:
-    """List deployed models, newest first."""
+    """List deployed models, newest first; a tick marks the one that its name stands for."""
     with Client() as client:
         deployments = client.deployments()
     if as_json:
@@ -31,11 +38,12 @@ def list_deployments(as_json: Json = False) -> None:
         line("Nothing is deployed. `web4lora run examples/web4/demo.yaml` deploys a model.")
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("deployment", "state", "runtime", "endpoint", "deployed"):
+    for column in ("deployment", "promoted", "state", "runtime", "endpoint", "deployed"):
         table.add_column(column, no_wrap=True)
     for each in deployments:
         table.add_row(
             each.id,
+            Text(OK, STYLES[OK]) if each.promoted else "",
             state_text(each),
             f"{each.target} {each.runtime_version}",
             each.endpoint,
@@ -43,11 +51,84 @@ def list_deployments(as_json: Json = False) -> None:
         )
     out.print(table)
     for each in deployments:
-        if each.state == deployer_pb2.DEPLOYMENT_STATE_FAILED and each.detail:
-            line(f"{each.id}: {each.detail}", style="red")
+        if each.detail:
+            failed = each.state == deployer_pb2.DEPLOYMENT_STATE_FAILED
+            line(f"{each.id}: {each.detail}", style="red" if failed else "yellow")
+
+
+@app.command("promote", epilog=examples("web4lora deployments promote web4-demo:v1a2b3c4d"))
+def promote(deployment_id: DeploymentId, as_json: Json = False) -> None:
+    """Let a name stand for this deployment, once it has answered.
+
+    The one before is unloaded and kept, so that `rollback` can take it back.
+    """
+    with Client() as client:
+        deployment = client.promote(_checked(deployment_id))
+    _say_serving(deployment, as_json=as_json)
+
+
+@app.command("rollback", epilog=examples("web4lora deployments rollback web4-demo"))
+def roll_back(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name people call.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Let a name stand for the deployment before again, once that one has answered."""
+    if ":" in name:
+        raise InvalidInput(
+            f"{name} is a deployment; a rollback needs the name people call.",
+            fix=f"`web4lora deployments rollback {name.partition(':')[0]}`, or promote the one you want.",
+        )
+    with Client() as client:
+        current = next((each for each in client.deployments() if each.name == name and each.promoted), None)
+        deployment = client.roll_back(name, from_id=current.id if current else "")
+    _say_serving(deployment, as_json=as_json)
+
+
+@app.command("delete", epilog=examples("web4lora deployments delete web4-demo:v1a2b3c4d"))
+def delete(
+    deployment_id: DeploymentId,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also when a name stands for it: then nothing serves under that.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Take a deployment out of its runtime; what is gone already is no error."""
+    with Client() as client:
+        found = next((each for each in client.deployments() if each.id == _checked(deployment_id)), None)
+        if found is not None and found.promoted and not force:
+            raise FailedPrecondition(
+                f"{found.name} stands for {found.id}: without it nothing serves under that name.",
+                fix="Promote another one or roll back first, or add --force.",
+                reason="PROMOTED",
+            )
+        client.delete_deployment(deployment_id)
+    if as_json:
+        print_json({"deleted": deployment_id, "found": found is not None})
+    elif found is None:
+        line(f"There was no deployment {deployment_id}.")
+    else:
+        mark(OK, f"{deployment_id} is gone from {found.target}.")
 
 
 def state_text(deployment: deployer_pb2.Deployment) -> str:
     """Return a deployment's state as people write it."""
     name = deployer_pb2.DeploymentState.Name(deployment.state)
     return name.removeprefix("DEPLOYMENT_STATE_").lower()
+
+
+def _checked(deployment_id: str) -> str:
+    """Return a deployment's id; a mere name is refused, because it may mean another one tomorrow."""
+    if ":" not in deployment_id:
+        raise InvalidInput(
+            f"{deployment_id} is not the id of a deployment.",
+            fix="An id is like web4-demo:v1a2b3c4d; `web4lora deployments list` shows them.",
+        )
+    return deployment_id
+
+
+def _say_serving(deployment: deployer_pb2.Deployment, *, as_json: bool) -> None:
+    if as_json:
+        print_json(data_of(deployment))
+        return
+    where = f"{deployment.target}, {deployment.endpoint}"
+    mark(OK, f"{deployment.name} stands for {deployment.id} now: {where}")

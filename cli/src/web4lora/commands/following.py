@@ -105,11 +105,18 @@ def exit_code(run: gateway_pb2.Run, *, strict: bool) -> int:
 
 
 def deployed_name(run: gateway_pb2.Run) -> str:
-    """Return the name under which a run's model answers; empty when it was not deployed."""
+    """Return the name under which a run's model answers, its own id when it was not promoted.
+
+    Empty when it was not deployed.
+    """
+    found = ""
     for stage in run.stages:
-        if stage.WhichOneof("result") == "deploy_result":
-            return str(stage.deploy_result.deployment.name)
-    return ""
+        kind = stage.WhichOneof("result")
+        if kind == "deploy_result":
+            found = stage.deploy_result.deployment.name
+        if kind == "promote_result" and stage.promote_result.serving.id != stage.promote_result.candidate:
+            found = stage.promote_result.candidate
+    return found
 
 
 def question(run: gateway_pb2.Run) -> str:

@@ -45,7 +45,7 @@ def run(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when a limit is missed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a pipeline: prepare, train, package, deploy, verify.
+    """Run a pipeline: prepare, train, package, deploy, verify, promote.
 
     Stages whose inputs did not change are taken over from earlier runs. Ctrl-C asks: detach, cancel or go on.
     """

@@ -22,6 +22,7 @@ _BAR_WIDTH = 28
 _NAME_WIDTH = 10
 _WIDEST = 124
 _ROOM = 3  # for the ^C that a terminal prints: on a full line it would break the line and the next drawing
+_UNTOLD = gateway_pb2.PROMOTE_OUTCOME_UNSPECIFIED
 _RUNNING = gateway_pb2.STAGE_STATE_RUNNING
 _ENDED = (
     gateway_pb2.STAGE_STATE_SUCCEEDED,
@@ -151,7 +152,8 @@ def _outcome(stage: gateway_pb2.Stage) -> tuple[str, list[str]]:
         return BAD, failure_lines(stage.error)
     if stage.state == gateway_pb2.STAGE_STATE_CANCELLED:
         return NOTE, ["cancelled"]
-    return OK, result_lines(stage)
+    promoted = stage.promote_result.outcome in (_UNTOLD, gateway_pb2.PROMOTE_OUTCOME_PROMOTED)
+    return OK if promoted else NOTE, result_lines(stage)
 
 
 def _took(stage: gateway_pb2.Stage) -> str:

@@ -10,6 +10,7 @@ from web4.lora.v1 import deployer_pb2, gateway_pb2
 
 from web4lora.views import human
 from web4lora.views.console import BAD, OK, STYLES, line, out
+from web4lora.views.stages import tested
 
 _SAMPLE_LINES = 14
 
@@ -17,7 +18,7 @@ _SAMPLE_LINES = 14
 def verify_result(run: gateway_pb2.Run) -> deployer_pb2.VerifyResult | None:
     """Return what a run's tests found, or None when they did not run."""
     for stage in run.stages:
-        if stage.WhichOneof("result") == "verify_result":
+        if stage.WhichOneof("result") == "verify_result" and tested(stage.verify_result):
             return stage.verify_result
     return None
 

@@ -62,7 +62,14 @@ def result_lines(stage: gateway_pb2.Stage) -> list[str]:
         return [_deployed(stage.deploy_result)]
     if kind == "verify_result":
         return [_verified(stage.verify_result)]
+    if kind == "promote_result":
+        return [stage.promote_result.summary]
     return [""]
+
+
+def tested(result: deployer_pb2.VerifyResult) -> bool:
+    """Tell whether there was a suite: without one the stage is done and nothing was tested."""
+    return bool(result.scores or result.gates or result.report.digest)
 
 
 def failure_lines(error: jobs_pb2.JobError) -> list[str]:
@@ -146,6 +153,8 @@ def _deployed(result: deployer_pb2.DeployResult) -> str:
 
 
 def _verified(result: deployer_pb2.VerifyResult) -> str:
+    if not tested(result):
+        return result.verdict
     parts = [human.count(len(result.scores), "score")]
     if any(score.HasField("reference_percent") for score in result.scores):
         parts[0] += ", before and after quantization"

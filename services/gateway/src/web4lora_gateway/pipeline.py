@@ -62,6 +62,7 @@ _DEPLOY: Mapping[str, Rule] = {
     "target": Choice("auto", ("auto", "ollama", "docker", "llama-server")),
     "context_tokens": Number(4096, low=128, high=1 << 20),
     "parallel": Number(4, low=1, high=64),
+    "promote": Choice("passed", ("passed", "always", "never")),
 }
 _BUDGETS: Mapping[str, Rule] = {
     "max_score_drop_points": Number(2, low=0, high=100),
@@ -80,7 +81,7 @@ class Pipeline:
         dataset: The data.
         base: The base model as the user named it.
         base_revision: Its revision as the user named it.
-        suite: The test suite.
+        suite: The test suite; None tests nothing.
         quantizations: The types to quantize to; the first one is deployed.
         train: How to train.
         package: How to package.
@@ -92,7 +93,7 @@ class Pipeline:
     dataset: ArtifactRef
     base: str
     base_revision: str
-    suite: ArtifactRef
+    suite: ArtifactRef | None
     quantizations: tuple[str, ...]
     train: trainer_pb2.TrainSettings
     package: packager_pb2.PackageSettings
@@ -108,7 +109,7 @@ class Pipeline:
             dataset=ref_of(message.dataset.artifact),
             base=message.base.model,
             base_revision=message.base.revision,
-            suite=ref_of(message.verify.suite),
+            suite=ref_of(message.verify.suite) if message.verify.suite.digest else None,
             quantizations=tuple(message.package.quantizations),
             train=message.train,
             package=message.package,
@@ -161,6 +162,8 @@ def check_artifacts(store: ArtifactStore, pipeline: Pipeline) -> None:
         raise wrong(
             "dataset.artifact", f"{pipeline.dataset} has no file train/*.jsonl.", "Name dataset.train_files."
         )
+    if pipeline.suite is None:
+        return
     if "suite.yaml" not in [entry.path for entry in store.manifest(pipeline.suite).files]:
         raise wrong("verify.suite", f"{pipeline.suite} has no suite.yaml.")
 
@@ -209,7 +212,8 @@ def _check_package(package: packager_pb2.PackageSettings) -> None:
 
 
 def _check_verify(verify: deployer_pb2.VerifySettings) -> None:
-    _check_ref(verify.suite, "verify.suite", "suite")
+    if verify.suite.digest or verify.suite_file:
+        _check_ref(verify.suite, "verify.suite", "suite")
     fill(verify.budgets, "verify.budgets", _BUDGETS)
     for name, percent in sorted(verify.budgets.min_score_percent.items()):
         problem = Number(low=0, high=100).problem(percent)

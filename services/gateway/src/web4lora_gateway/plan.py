@@ -9,7 +9,7 @@ from typing import Any
 
 from web4.lora.v1 import deployer_pb2
 from web4lora_chassis.artifacts import ArtifactStore
-from web4lora_chassis.errors import NotFound
+from web4lora_chassis.errors import Internal, NotFound
 from web4lora_chassis.rpc import ref_of
 from web4lora_chassis.rpc.jobs import to_json
 
@@ -20,7 +20,8 @@ from web4lora_gateway.run_json import run_json
 from web4lora_gateway.stages import Inputs, Stage
 from web4lora_gateway.workers import Workers
 
-Patiently = Callable[[str, Callable[[], Coroutine[Any, Any, Any]]], Awaitable[Any]]
+Call = Callable[[], Coroutine[Any, Any, Any]]
+Patiently = Callable[[str, Call], Awaitable[Any]]
 """Makes a call again until whom it needs is in reach; given that one's name and the call."""
 
 
@@ -32,12 +33,14 @@ class Plan:
         key: Digest of everything that goes in.
         reused: An earlier result that still holds.
         spec: JSON data of the job's spec; set when there is nothing to take over.
+        decision: What a stage without a job has to do; None for others.
         versions: Versions of the worker and its tools.
     """
 
     key: str
     reused: StageResult | None = None
     spec: Mapping[str, Any] | None = None
+    decision: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -71,6 +74,8 @@ class Planner:
         spec = stage.spec(inputs)
         worker = self.workers.by_name[stage.worker]
         who = f"the {worker.name} at {worker.address}"
+        if spec is None:
+            return await self._decide(stage, inputs, lambda call: patiently(who, call))
         versions: Mapping[str, str] = {}
         if stage.key_tools:
             versions = (await patiently(who, worker.info)).versions
@@ -81,6 +86,15 @@ class Planner:
             return Plan(earlier.key, reused=earlier)
         versions = versions or (await patiently(who, worker.info)).versions
         return Plan(key, spec=to_json(spec), versions=dict(versions))
+
+    async def _decide(
+        self, stage: Stage, inputs: Inputs, patiently: Callable[[Call], Awaitable[Any]]
+    ) -> Plan:
+        if stage.calls is None:
+            raise Internal(f"The stage {stage.name} has neither a job nor calls.")
+        calls = stage.calls
+        decision = await patiently(lambda: calls.decide(inputs, self.workers))
+        return Plan(stage_key(stage.name, decision), decision=decision)
 
     async def _earlier(self, record: RunRecord, stage: Stage, inputs: Inputs, key: str) -> StageResult | None:
         if record.forced(stage.name):

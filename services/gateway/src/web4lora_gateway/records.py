@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from web4lora_chassis.jobs import JobFailure, Progress
 
-STAGE_NAMES = ("prepare", "train", "package", "deploy", "verify")
+STAGE_NAMES = ("prepare", "train", "package", "deploy", "verify", "promote")
 """The stages of a run, in order."""
 
 
@@ -126,8 +126,8 @@ class RunRecord:
     revision: int = 1
 
     def stage(self, name: str) -> StageRecord:
-        """Return a stage by its name."""
-        return self.stages[STAGE_NAMES.index(name)]
+        """Return a stage by its name; one that was not there yet when the run was made is still to come."""
+        return next((stage for stage in self.stages if stage.name == name), StageRecord(name))
 
     def forced(self, name: str) -> bool:
         """Tell whether a stage must run even if the same inputs were run before."""
@@ -140,8 +140,11 @@ class RunRecord:
 
     def with_stage(self, name: str, **fields: Any) -> RunRecord:
         """Return the run with other fields of one stage."""
-        stages = tuple(replace(stage, **fields) if stage.name == name else stage for stage in self.stages)
-        return self.changed(stages=stages)
+        changed = replace(self.stage(name), **fields)
+        stages = [changed if stage.name == name else stage for stage in self.stages]
+        if changed not in stages:
+            stages.append(changed)
+        return self.changed(stages=tuple(stages))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""

@@ -7,7 +7,7 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-from web4.lora.v1 import deployer_pb2, packager_pb2, trainer_pb2
+from web4.lora.v1 import deployer_pb2, gateway_pb2, packager_pb2, trainer_pb2
 from web4lora_chassis.rpc.jobs import to_json
 
 from web4lora_gateway import __version__
@@ -39,8 +39,10 @@ def run_json(record: RunRecord) -> str:
         data["package"] = _package(inputs.result("package", packager_pb2.PackageResult()))
     if "deploy" in inputs.results:
         data["deploy"] = _deploy(inputs.result("deploy", deployer_pb2.DeployResult()).deployment)
-    if "verify" in inputs.results:
+    if "verify" in inputs.results and pipeline.suite is not None:
         data["verify"] = _verify(inputs.result("verify", deployer_pb2.VerifyResult()))
+    if "promote" in inputs.results:
+        data["promote"] = _promote(inputs.result("promote", gateway_pb2.PromoteResult()))
     data["stages"] = {stage.name: _stage(stage) for stage in record.stages}
     data["parameters"] = dict(record.pipeline)
     data["from_stage"] = record.from_stage or None
@@ -119,6 +121,15 @@ def _verify(result: deployer_pb2.VerifyResult) -> dict[str, Any]:
         "passed": result.passed,
         "verdict": result.verdict,
         "scores": [to_json(score) for score in result.scores],
+    }
+
+
+def _promote(result: gateway_pb2.PromoteResult) -> dict[str, Any]:
+    return {
+        "outcome": gateway_pb2.PromoteOutcome.Name(result.outcome).removeprefix("PROMOTE_OUTCOME_").lower(),
+        "candidate": result.candidate,
+        "serving": result.serving.id or None,
+        "summary": result.summary,
     }
 
 

@@ -95,6 +95,27 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         deployments = await self._workers.deployments()
         return gateway_pb2.GatewayServiceListDeploymentsResponse(deployments=deployments)
 
+    async def PromoteDeployment(
+        self, request: gateway_pb2.GatewayServicePromoteDeploymentRequest, _: Context
+    ) -> gateway_pb2.GatewayServicePromoteDeploymentResponse:
+        """See the contract."""
+        deployment = await self._workers.promote(request.id)
+        return gateway_pb2.GatewayServicePromoteDeploymentResponse(deployment=deployment)
+
+    async def RollbackDeployment(
+        self, request: gateway_pb2.GatewayServiceRollbackDeploymentRequest, _: Context
+    ) -> gateway_pb2.GatewayServiceRollbackDeploymentResponse:
+        """See the contract."""
+        deployment = await self._workers.roll_back(request.name, request.from_id)
+        return gateway_pb2.GatewayServiceRollbackDeploymentResponse(deployment=deployment)
+
+    async def DeleteDeployment(
+        self, request: gateway_pb2.GatewayServiceDeleteDeploymentRequest, _: Context
+    ) -> gateway_pb2.GatewayServiceDeleteDeploymentResponse:
+        """See the contract."""
+        await self._workers.delete(request.id)
+        return gateway_pb2.GatewayServiceDeleteDeploymentResponse()
+
     async def CreateDeployerJob(
         self, request: gateway_pb2.GatewayServiceCreateDeployerJobRequest, _: Context
     ) -> gateway_pb2.GatewayServiceCreateDeployerJobResponse:

@@ -21,9 +21,14 @@ from web4.lora.v1 import (
 )
 from web4lora_chassis.errors import Unavailable, Web4Error
 from web4lora_chassis.rpc import async_channel, error_of
+from web4lora_chassis.rpc.errors import answered
 from web4lora_chassis.settings import Settings
 
+AWAY = "SERVICE_AWAY"
+"""Reason of the error that a worker can't be reached, as against one that it passes on."""
+
 _CALL_TIMEOUT_SECONDS = 10.0
+_LOAD_TIMEOUT_SECONDS = 900.0  # a large model is loaded, and deleting one may wait for another's load
 _LOOK_TIMEOUT_SECONDS = 3.0
 _PAGE_SIZE = 200
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
@@ -137,10 +142,11 @@ class Worker:
 
     def _error(self, call: grpc.aio.AioRpcError) -> Web4Error:
         service = f"the {self.name} at {self.address}"
-        if call.code() in _GONE:
+        if call.code() in _GONE and not answered(call):
             return Unavailable(
                 f"{service[0].upper()}{service[1:]} is out of reach.",
                 fix=f"Start it (`web4lora up`), or correct WEB4LORA_{self.name.upper()}_ADDRESS.",
+                reason=AWAY,
                 metadata={"service": self.name, "address": self.address, "details": call.details() or ""},
             )
         return error_of(call, service)
@@ -181,6 +187,25 @@ class Workers:
         """Return what is deployed, newest first."""
         answer = await self.deployer._call("ListDeployments", deployer_pb2.ListDeploymentsRequest())
         return list(answer.deployments)
+
+    async def promote(self, deployment_id: str) -> deployer_pb2.Deployment:
+        """Point a deployment's name at it; safe to repeat. Errors as the contract names them."""
+        request = deployer_pb2.PromoteDeploymentRequest(id=deployment_id)
+        answer = await self.deployer._call("PromoteDeployment", request, _LOAD_TIMEOUT_SECONDS)
+        found: deployer_pb2.Deployment = answer.deployment
+        return found
+
+    async def roll_back(self, name: str, from_id: str) -> deployer_pb2.Deployment:
+        """Point a name back at the candidate before; safe to repeat when `from_id` is given."""
+        request = deployer_pb2.RollbackDeploymentRequest(name=name, from_id=from_id)
+        answer = await self.deployer._call("RollbackDeployment", request, _LOAD_TIMEOUT_SECONDS)
+        found: deployer_pb2.Deployment = answer.deployment
+        return found
+
+    async def delete(self, deployment_id: str) -> None:
+        """Take a deployment out of its runtime; what is gone already is no error."""
+        request = deployer_pb2.DeleteDeploymentRequest(id=deployment_id)
+        await self.deployer._call("DeleteDeployment", request, _LOAD_TIMEOUT_SECONDS)
 
     async def create_deployer_job(
         self, request: deployer_pb2.CreateDeployerJobRequest

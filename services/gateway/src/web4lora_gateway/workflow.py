@@ -1,9 +1,9 @@
-"""One run as a durable workflow: prepare, train, package, deploy, verify.
+"""One run as a durable workflow: prepare, train, package, deploy, verify, promote.
 
 Each stage is three steps whose results DBOS keeps: `plan` decides whether the stage runs and with which spec,
-`work` has the worker do it, `conclude` writes down what came of it. A step that was cut off by a crash runs
-again, so each of them may: the job is created with a request_id that is the same every time, and files are
-placed, not added.
+`work` has the worker do it, as a job or by calls, `conclude` writes down what came of it. A step that was cut
+off by a crash runs again, so each of them may: the job is created with a request_id that is the same every
+time, calls are safe to repeat, and files are placed, not added.
 
 Cancel is a state of the run, which every waiting step looks at, and not DBOS' own cancel: that one ends the
 workflow at once, so nothing could be told to the worker any more if the gateway was killed in between.
@@ -36,7 +36,7 @@ from web4lora_gateway.results import StageResults
 from web4lora_gateway.run_json import run_json
 from web4lora_gateway.runs import RunBook
 from web4lora_gateway.settings import GatewaySettings
-from web4lora_gateway.stages import BY_NAME, STAGES, Stage
+from web4lora_gateway.stages import BY_NAME, STAGES, Inputs, Stage
 from web4lora_gateway.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class RunWorkflow:
             for stage in STAGES if not began.get("error") else ():
                 plan = await _step(f"plan {stage.name}", self._plan, run_id, stage.name)
                 outcome = plan
-                if plan.get("spec"):
+                if plan.get("spec") or plan.get("decision"):
                     outcome = await _step(f"work {stage.name}", self._work, run_id, stage.name, plan)
                 if not await _step(
                     f"conclude {stage.name}", self._conclude, run_id, stage.name, plan, outcome
@@ -156,6 +156,8 @@ class RunWorkflow:
         stage = BY_NAME[name]
         worker = self.workers.by_name[stage.worker]
         record = await self.book.get(run_id)
+        if plan.get("decision"):
+            return await self._call(record, stage, plan["decision"])
         work = Work(name, f"{run_id}/{record.nonce}/{name}/{plan['key'][:16]}", plan["spec"])
 
         async def created(job_id: str) -> None:
@@ -182,6 +184,22 @@ class RunWorkflow:
             return {"error": asdict(JobFailure("CANCELLED", text, "Retry the run."))}
         return {"result": to_json(getattr(last, f"{name}_result")), "job_id": last.job.id}
 
+    async def _call(self, record: RunRecord, stage: Stage, decision: Json) -> Json:
+        """Do a stage that is no job: what `_work` returns."""
+        calls = stage.calls
+        assert calls is not None
+        worker = self.workers.by_name[stage.worker]
+        who = f"the {worker.name} at {worker.address}"
+        inputs = Inputs.of(record)
+        try:
+            result = await self._patiently(
+                record.id, stage, who, lambda: calls.act(inputs, self.workers, decision)
+            )
+        except Web4Error as error:
+            return _outcome(error)
+        await self._log(record.id, f"{stage.name}: {calls.told(result)}")
+        return {"result": to_json(result)}
+
     async def _cancel(self, run_id: str, stage: Stage, work: Work) -> Json:
         """Cancel a stage's job, later when its worker is out of reach."""
         job_id = (await self.book.get(run_id)).stage(stage.name).job_id
@@ -203,7 +221,8 @@ class RunWorkflow:
                 await self._succeed(run_id, name, StageResult(**plan["reused"]), reused=True)
             elif "result" in outcome:
                 made = StageResult(plan["key"], run_id, outcome["result"], plan["versions"])
-                await self.results.save(name, made)
+                if plan.get("spec"):  # a decision is made anew in every run
+                    await self.results.save(name, made)
                 await self._succeed(run_id, name, made, reused=False)
             else:
                 raise StageFailed(outcome)

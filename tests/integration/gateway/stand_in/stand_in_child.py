@@ -1,6 +1,7 @@
 """The stand-in's child: makes tiny but real artifacts. Files in its control folder steer it:
 
-`hold-<kind>` makes it wait, `fail-<kind>` makes it fail with the text in that file.
+`hold-<kind>` makes it wait, `fail-<kind>` makes it fail with the text in that file, and `miss-limits` makes
+its tests find that a limit was missed.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def verify(context: JobContext) -> dict:
     texts = {"eval_log.md": "passed\n", "eval.json": spec["run_json"], "drawio_diagram.png": "png"}
     score = {"name": "tool_call.valid", "prompts": 40, "deployed_percent": 95.0}
     report = store_files(context, "report", spec["name"], texts)
-    return {"passed": True, "verdict": "usable", "scores": [score], "report": report}
+    missed = (CONTROL / "miss-limits").exists()
+    gates = [{"name": "memory", "passed": True}, {"name": "speed", "passed": not missed}]
+    return {"passed": not missed, "verdict": "usable", "scores": [score], "gates": gates, "report": report}
 
 
 if __name__ == "__main__":

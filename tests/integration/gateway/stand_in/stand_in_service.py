@@ -19,7 +19,7 @@ from web4.lora.v1 import (
     trainer_pb2,
     trainer_pb2_grpc,
 )
-from web4lora_chassis.errors import NotFound
+from web4lora_chassis.errors import FailedPrecondition, NotFound
 from web4lora_chassis.jobs import JobRunner
 from web4lora_chassis.rpc import JobApi, Registration, serve
 from web4lora_chassis.settings import Settings, load
@@ -71,25 +71,61 @@ def make_servicer(api: JobApi) -> object:
         return answer("ListDeployments")(deployments=deployments())
 
     async def get_deployment(self, request, context):
-        for deployment in deployments():
-            if deployment.id == request.id:
-                return answer("GetDeployment")(deployment=deployment)
-        raise NotFound(f"There is no deployment {request.id}.")
+        return answer("GetDeployment")(deployment=found(request.id))
+
+    async def promote(self, request, context):
+        before = [other for other in names() if other != request.id]
+        (CONTROL / "names.json").write_text(json.dumps([request.id, *before]))
+        return answer("PromoteDeployment")(deployment=found(request.id))
+
+    async def roll_back(self, request, context):
+        serving = names()
+        if serving[0] == request.from_id:
+            if len(serving) == 1:
+                raise FailedPrecondition("no earlier one", reason="NO_EARLIER_CANDIDATE")
+            (CONTROL / "names.json").write_text(json.dumps(serving[1:]))
+        return answer("RollbackDeployment")(deployment=found(request.name))
+
+    async def delete(self, request, context):
+        (CONTROL / f"deployment-{request.id.partition(':v')[2]}.json").unlink(missing_ok=True)
+        return answer("DeleteDeployment")()
 
     calls = {
         f"Create{title}Job": create, f"Get{title}Job": get, f"List{title}Jobs": list_jobs,
         f"Watch{title}Job": watch, f"Cancel{title}Job": cancel, f"Get{title}Info": info,
     }  # fmt: skip
     if NAME == "deployer":
-        calls |= {"ListDeployments": list_deployments, "GetDeployment": get_deployment}
+        calls |= {
+            "ListDeployments": list_deployments, "GetDeployment": get_deployment,
+            "PromoteDeployment": promote, "RollbackDeployment": roll_back, "DeleteDeployment": delete,
+        }  # fmt: skip
     return type("StandIn", (getattr(services, f"{title}ServiceServicer"),), calls)()
 
 
 def deployments() -> list[deployer_pb2.Deployment]:
-    return [
+    made = [
         ParseDict(json.loads(path.read_text()), deployer_pb2.Deployment())
         for path in sorted(CONTROL.glob("deployment-*.json"))
     ]
+    for deployment in made:
+        deployment.promoted = names()[:1] == [deployment.id]
+    return made
+
+
+def names() -> list[str]:
+    """Return what served under the one name there is, newest first."""
+    place = CONTROL / "names.json"
+    return json.loads(place.read_text()) if place.exists() else []
+
+
+def found(id_or_name: str) -> deployer_pb2.Deployment:
+    known = {deployment.id: deployment for deployment in deployments()}
+    for deployment in list(known.values()):
+        if deployment.promoted or deployment.name not in known:
+            known[deployment.name] = deployment
+    if id_or_name not in known:
+        raise NotFound(f"There is no deployment {id_or_name}.")
+    return known[id_or_name]
 
 
 async def main() -> None:

@@ -72,6 +72,11 @@ def error_of(call: grpc.RpcError, service: str = "the service") -> errors.Web4Er
     return kind(f"{service}: {text}")
 
 
+def answered(call: grpc.RpcError) -> bool:
+    """Tell whether a service of ours said why a call failed, rather than that the call did not reach it."""
+    return isinstance(call, grpc.Call | grpc.aio.AioRpcError) and bool(_details(call))
+
+
 def _details(call: grpc.Call | grpc.aio.AioRpcError) -> list[any_pb2.Any]:
     """Return the details of a failed call's status; none when a proxy on the way changed its message."""
     try:

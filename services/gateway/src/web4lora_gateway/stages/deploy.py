@@ -1,4 +1,7 @@
-"""Deploy: the first of the quantized models in a runtime. Taken over only while it still serves."""
+"""Deploy: the first of the quantized models in a runtime, as a candidate beside what serves under the name.
+
+Taken over only while it still serves.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ from web4lora_gateway.stages.base import Inputs, Ref, Stage
 
 def _spec(inputs: Inputs) -> deployer_pb2.DeploySpec:
     package = inputs.result("package", packager_pb2.PackageResult())
-    return deployer_pb2.DeploySpec(
+    spec = deployer_pb2.DeploySpec(
         name=inputs.pipeline.name,
         gguf=package.quantized[0].artifact,
         files=package.files,
         deploy=inputs.pipeline.deploy,
     )
+    spec.deploy.ClearField("promote")  # decides what comes after, not what is deployed
+    return spec
 
 
 def _artifacts(result: deployer_pb2.DeployResult) -> tuple[Ref, ...]:
