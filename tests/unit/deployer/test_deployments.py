@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,33 @@ def test_what_is_removed_leaves_its_name_and_its_file(deployments: Deployments) 
 def test_what_is_not_there_is_not_found(deployments: Deployments, name: str) -> None:
     with pytest.raises(NotFound):
         deployments.find(name)
+
+
+def test_going_back_leaves_no_way_to_what_failed_and_says_why(deployments: Deployments) -> None:
+    for digit in "abc":
+        deployments.save(record(digit))
+        deployments.promote(record(digit))
+    name = deployments.go_back(record("b"), "it crashed")
+    assert (name.current[-1], name.previous[0][-1], name.rolled_back[0][-1]) == ("b", "a", "c")
+    assert deployments.name("demo") == name
+    assert name.note == "it crashed"
+    name = deployments.promote(record("c"))
+    assert ([item[-1] for item in name.previous], name.rolled_back, name.note) == (["b", "a"], (), "")
+    with pytest.raises(NotFound):
+        deployments.go_back(record("d"), "")
+
+
+def test_a_name_written_before_there_were_notes_is_read(deployments: Deployments, tmp_path: Path) -> None:
+    deployments.promote(record("a"))
+    (tmp_path / "names" / "demo.json").write_text('{"name": "demo", "current": "x", "previous": ["y"]}')
+    (name,) = deployments.names()
+    assert (name.current, name.previous, name.rolled_back, name.note) == ("x", ("y",), (), "")
+
+
+def test_a_record_written_before_it_could_move_is_read(deployments: Deployments, tmp_path: Path) -> None:
+    deployments.save(record("a"))
+    (place,) = (tmp_path / "deployments").glob("*.json")
+    data = json.loads(place.read_text())
+    del data["leaving"]
+    place.write_text(json.dumps(data))
+    assert deployments.get("demo:vaaaaaaaa") == record("a")

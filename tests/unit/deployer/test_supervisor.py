@@ -178,6 +178,10 @@ def test_deleting_stops_the_server_and_forgets_it(
     before = until(status, wanted, is_serving)
     LlamaServerRuntime(settings).delete(wanted)
     assert not psutil.pid_exists(before.pid)
+    deployments.remove(wanted)
+    deadline = time.monotonic() + 30
+    while status.ids() and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert status.ids() == []
     LlamaServerRuntime(settings).delete(wanted)  # again is no error
 

@@ -180,25 +180,22 @@ class Deployments:
         """Write a deployment, new or changed."""
         write_json(self._records / file_name(record.id), asdict(record))
 
-    def withdraw(self, record: Deployment) -> None:
-        """Take back the wish for a deployment, unless it is now wanted in another runtime."""
-        wanted = _read(self._records / file_name(record.id))
-        if wanted is not None and wanted.target == record.target:
-            (self._records / file_name(record.id)).unlink(missing_ok=True)
-
     def remove(self, record: Deployment) -> None:
-        """Forget a deployment, its place under its name, and its file when no other one serves it."""
-        (self._records / file_name(record.id)).unlink(missing_ok=True)
+        """Forget a deployment, its place under its name, and its file when no other one serves it.
+
+        Its record goes last: until then a crash leaves what doing it again finds.
+        """
         name = self.name(record.name)
         if name is not None and name.current == record.id:
             (self._names / f"{record.name}.json").unlink(missing_ok=True)
         elif name is not None and name.without(record.id) != name:
             self._save_name(name.without(record.id))
-        if all(other.file != record.file for other in self._load()):
+        if all(other.file != record.file for other in self._load() if other.id != record.id):
             model = self.models / record.file
             model.unlink(missing_ok=True)
             if model.parent.is_dir() and not any(model.parent.iterdir()):
                 model.parent.rmdir()
+        (self._records / file_name(record.id)).unlink(missing_ok=True)
 
     def name(self, name: str) -> Name | None:
         """Return what a name stands for, or None when nothing was promoted to it."""

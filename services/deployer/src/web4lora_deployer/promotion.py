@@ -72,7 +72,9 @@ def roll_back(name: str, settings: DeployerSettings, *, from_id: str = "", why: 
     with deployments.locked(name):
         now = _name(name, deployments)
         if not from_id or now.current == from_id:
-            if not now.previous:
+            known = {record.id: record for record in deployments.list()}
+            earlier = [known[each] for each in now.previous if each in known]
+            if not earlier:
                 raise FailedPrecondition(
                     f"{name} stands for {now.current}, and no earlier candidate of it is kept.",
                     fix="`web4lora deployments list` shows what there is; `web4lora deployments promote ID` "
@@ -80,7 +82,7 @@ def roll_back(name: str, settings: DeployerSettings, *, from_id: str = "", why: 
                     reason="NO_EARLIER_CANDIDATE",
                     metadata={"name": name},
                 )
-            record = _bring_up(deployments.get(now.previous[0]), deployments, settings)
+            record = _bring_up(earlier[0], deployments, settings)
             open_runtime(record.target, settings).promote(record)
             now = deployments.go_back(record, f"rolled back from {now.current}{f': {why}' if why else ''}")
         _settle(now, deployments, settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -177,9 +177,16 @@ class LlamaServerRuntime:
         """Nothing to do: the supervisor starts what the records want."""
 
     def delete(self, deployment: Deployment) -> None:
-        """Withdraw the wish and wait until the supervisor has stopped the server."""
-        self._deployments.withdraw(deployment)
-        if not _wait(lambda: self._status.read(deployment.id) is None or None, _STOP_SECONDS):
+        """Withdraw the wish and wait until the supervisor has stopped the server; the record stays."""
+        for record in self._deployments.list():
+            if (record.id, record.target) == (deployment.id, self.target) and record.loaded:
+                self._deployments.save(replace(record, loaded=False))
+
+        def stopped() -> bool | None:
+            status = self._status.read(deployment.id)
+            return status is None or (status.state is State.STOPPED and not status.pid) or None
+
+        if not _wait(stopped, _STOP_SECONDS):
             raise Unavailable(f"llama-server of {deployment.id} has not stopped yet.", fix="Try again.")
 
 
