@@ -60,7 +60,7 @@ def pipeline(stack: ComposeStack) -> Path:
         "base": {"model": "smollm2-135m-instruct"},
         "train": {"max_steps": 6, "learning_rate": 1e-3, "max_length_tokens": 512, "checkpoint_steps": 2},
         "package": {"quantizations": ["Q4_K_M"], "context_tokens": 1024},
-        "deploy": {"target": "llama-server", "context_tokens": 1024, "parallel": 2},
+        "deploy": {"target": "llama-server", "context_tokens": 1024, "parallel": 2, "promote": "always"},
         "verify": {"suite_file": "suite.yaml"},
     }
     path = folder / "pipeline.yaml"
