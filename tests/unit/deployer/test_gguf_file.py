@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter, LlamaFileType
 from web4lora_chassis.errors import InvalidInput
-from web4lora_deployer.gguf_file import read_facts
+from web4lora_deployer.gguf_file import read_facts, require_model
 
 
 @pytest.fixture
@@ -58,3 +58,48 @@ def test_sizes_are_not_believed(gguf: Path) -> None:
     gguf.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1 << 60))
     with pytest.raises(InvalidInput, match="not believable"):
         read_facts(gguf)
+
+
+def test_a_whole_model_is_taken(gguf: Path) -> None:
+    facts = read_facts(gguf)
+    assert facts.end_bytes <= gguf.stat().st_size
+    require_model(gguf, facts)
+
+
+@pytest.mark.parametrize("lost_bytes", [1 << 5, 48])
+def test_a_model_that_is_cut_off_is_refused_with_both_sizes(gguf: Path, lost_bytes: int) -> None:
+    end = read_facts(gguf).end_bytes
+    gguf.write_bytes(gguf.read_bytes()[: end - lost_bytes])
+    with pytest.raises(InvalidInput, match=f"is cut off: it has {end - lost_bytes} of {end} bytes"):
+        require_model(gguf, read_facts(gguf))
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "why"),
+    [
+        ({"general.type": "adapter", "adapter.type": "lora"}, 1, "is a LoRA adapter"),
+        ({"general.type": "mmproj"}, 1, "is no language model: it holds mmproj data"),
+        ({"general.type": "imatrix"}, 1, "is no language model: it holds imatrix data"),
+        ({"split.count": 3, "split.no": 1}, 1, "is file 2 of 3 of a split model"),
+        ({}, 0, "holds a vocabulary and no weights"),
+    ],
+)
+def test_a_part_of_a_model_is_refused_as_what_it_is(
+    tmp_path: Path, keys: dict[str, str | int], tensors: int, why: str
+) -> None:
+    path = tmp_path / "part.gguf"
+    writer = GGUFWriter(path, "llama")
+    for key, value in keys.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_uint16(key, value)
+    for number in range(tensors):
+        writer.add_tensor(f"t{number}", np.zeros((2, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InvalidInput, match=why) as caught:
+        require_model(path, read_facts(path))
+    assert caught.value.fix

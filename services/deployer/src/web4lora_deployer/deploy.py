@@ -22,7 +22,7 @@ from web4lora_chassis.jobs import Progress
 from web4lora_deployer import names
 from web4lora_deployer.deployments import Deployment, Deployments, Parameters
 from web4lora_deployer.first_answer import first_answer
-from web4lora_deployer.gguf_file import read_facts
+from web4lora_deployer.gguf_file import read_facts, require_model
 from web4lora_deployer.promotion import leave_others, make_room
 from web4lora_deployer.runtimes import AUTO, choose, open_runtime
 from web4lora_deployer.runtimes.base import Deployed, Report, Runtime, State
@@ -167,7 +167,13 @@ def _fetch(
 
     folder = deployments.models / entry.sha256[:16]
     store.get(request.gguf, folder, advance=advance)
-    facts = read_facts(folder / entry.path)
+    file = f"{folder.name}/{entry.path}"
+    try:
+        facts = read_facts(folder / entry.path)
+        require_model(folder / entry.path, facts)
+    except InvalidInput:
+        deployments.drop_file(file)
+        raise
     parameters = replace(_parameters(request.files, store, work_dir), **request.parameters)
     context_tokens = request.context_tokens or parameters.context_tokens or DEFAULT_CONTEXT_TOKENS
     deployment_id = names.candidate_id(request.name, entry.sha256)
@@ -176,7 +182,7 @@ def _fetch(
         name=request.name,
         target=target,
         gguf=request.gguf,
-        file=f"{folder.name}/{entry.path}",
+        file=file,
         sha256=entry.sha256,
         size_bytes=entry.size_bytes,
         parameters=parameters,

@@ -190,12 +190,22 @@ class Deployments:
             (self._names / f"{record.name}.json").unlink(missing_ok=True)
         elif name is not None and name.without(record.id) != name:
             self._save_name(name.without(record.id))
-        if all(other.file != record.file for other in self._load() if other.id != record.id):
-            model = self.models / record.file
-            model.unlink(missing_ok=True)
-            if model.parent.is_dir() and not any(model.parent.iterdir()):
-                model.parent.rmdir()
+        self.drop_file(record.file, but=record.id)
         (self._records / file_name(record.id)).unlink(missing_ok=True)
+
+    def drop_file(self, file: str, *, but: str = "") -> None:
+        """Remove a GGUF that no deployment serves.
+
+        Args:
+            file: Relative to the folder of models.
+            but: Id of a deployment that does not count.
+        """
+        if any(other.file == file for other in self._load() if other.id != but):
+            return
+        model = self.models / file
+        model.unlink(missing_ok=True)
+        if model.parent.is_dir() and not any(model.parent.iterdir()):
+            model.parent.rmdir()
 
     def name(self, name: str) -> Name | None:
         """Return what a name stands for, or None when nothing was promoted to it."""

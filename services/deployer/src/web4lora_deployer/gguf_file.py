@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -38,6 +39,16 @@ _FILE_TYPES = {
     26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16",
 }  # fmt: skip
 
+_BLOCKS = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66), 17: (256, 74),
+    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1),
+    25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
+    39: (32, 17),
+}  # fmt: skip
+"""Of each type of tensor: weights in a block, and the block's bytes."""
+_ALIGNMENT = 32
+
 Value = str | int | float | bool
 
 
@@ -54,6 +65,7 @@ class GgufFacts:
         bos: Text of the token that begins a prompt; empty when it has none.
         eos: Text of the token that ends an answer; empty when it has none.
         values: The simple values by key; lists are left out.
+        end_bytes: Where the last tensor ends: a shorter file is cut off.
     """
 
     architecture: str
@@ -64,6 +76,7 @@ class GgufFacts:
     bos: str
     eos: str
     values: dict[str, Value] = field(default_factory=dict)
+    end_bytes: int = 0
 
     def cache_bytes(self, tokens: int) -> int:
         """Return the size of the key-value cache for so many tokens of context, full attention assumed."""
@@ -77,6 +90,54 @@ class GgufFacts:
     def _number(self, name: str) -> int:
         value = self.values.get(f"{self.architecture}.{name}", 0)
         return 0 if isinstance(value, str) else int(value)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor: how many weights, of which type, and where its data is."""
+
+    weights: int
+    kind: int
+    offset: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of its data; 0 for a type that is newer than we are."""
+        weights, size = _BLOCKS.get(self.kind, (1, 0))
+        return -(-self.weights // weights) * size
+
+
+def require_model(path: Path, facts: GgufFacts) -> None:
+    """Refuse a GGUF that no runtime could answer with, before it is moved anywhere.
+
+    Args:
+        path: The file.
+        facts: Its metadata.
+
+    Raises:
+        InvalidInput: It is cut off, or a part of a model: an adapter, a vocabulary, one of several files.
+    """
+    kind = str(facts.values.get("general.type", "model"))
+    pieces = int(facts.values.get("split.count", 0))
+    size = path.stat().st_size
+    problem = fix = ""
+    if kind == "adapter":
+        problem = "is a LoRA adapter, not a model"
+        fix = "Merge it with its base model first: `web4lora run` does, or llama-export-lora."
+    elif kind in ("mmproj", "imatrix") or facts.architecture == "clip":
+        problem = f"is no language model: it holds {kind if kind != 'model' else facts.architecture} data"
+        fix = "Name the GGUF of the language model."
+    elif pieces > 1:
+        number = int(facts.values.get("split.no", 0)) + 1
+        problem = f"is file {number} of {pieces} of a split model"
+        fix = "Make one file of them first: llama-gguf-split --merge FIRST-FILE MERGED.gguf"
+    elif not facts.parameters:
+        problem, fix = "holds a vocabulary and no weights", "Name the GGUF of the whole model."
+    elif size < facts.end_bytes:
+        problem = f"is cut off: it has {size:,} of {facts.end_bytes:,} bytes"
+        fix = "Copy or download it again."
+    if problem:
+        raise InvalidInput(f"The GGUF {problem}.", fix=fix, reason="NOT_A_WHOLE_MODEL")
 
 
 def read_facts(path: Path) -> GgufFacts:
@@ -111,17 +172,19 @@ def _read(file: BinaryIO) -> GgufFacts:
             tokens = words or tokens
         else:
             values[key] = _text(file) if kind == _STRING else _number(file, _SIMPLE[kind])
+    shapes = [_tensor(file) for _ in range(tensors)]
     architecture = str(values.get("general.architecture", ""))
     file_type = values.get("general.file_type")
     return GgufFacts(
         architecture=architecture,
         context_tokens=int(values.get(f"{architecture}.context_length", 0)),
         quantization=_FILE_TYPES.get(file_type, "") if isinstance(file_type, int) else "",
-        parameters=sum(_weights(file) for _ in range(tensors)),
+        parameters=sum(tensor.weights for tensor in shapes),
         chat_template=str(values.get("tokenizer.chat_template", "")),
         bos=_token(tokens, values.get("tokenizer.ggml.bos_token_id")),
         eos=_token(tokens, values.get("tokenizer.ggml.eos_token_id")),
         values=values,
+        end_bytes=_end(file.tell(), int(values.get("general.alignment", _ALIGNMENT)), shapes),
     )
 
 
@@ -165,15 +228,22 @@ def _array(file: BinaryIO, *, keep: bool) -> list[str]:
     return []
 
 
-def _weights(file: BinaryIO) -> int:
-    """Read one tensor's entry; return how many weights it has."""
+def _tensor(file: BinaryIO) -> _Tensor:
+    """Read one tensor's entry."""
     _text(file)
     dimensions = int(_number(file, "<I"))
     if dimensions > 8:
         raise ValueError(f"a tensor of {dimensions} dimensions is not believable")
-    size = math.prod(int(_number(file, "<Q")) for _ in range(dimensions))
-    file.seek(4 + 8, 1)  # its type and its offset
-    return size
+    weights = math.prod(int(_number(file, "<Q")) for _ in range(dimensions))
+    return _Tensor(weights, kind=int(_number(file, "<I")), offset=int(_number(file, "<Q")))
+
+
+def _end(header_bytes: int, alignment: int, tensors: Sequence[_Tensor]) -> int:
+    """Return where the last tensor ends; where its data begins when its type is newer than we are."""
+    if alignment < 1:
+        raise ValueError(f"an alignment of {alignment} is not believable")
+    start = -(-header_bytes // alignment) * alignment
+    return max((start + tensor.offset + tensor.size_bytes for tensor in tensors), default=header_bytes)
 
 
 def _token(tokens: list[str], index: object) -> str:
