@@ -280,3 +280,23 @@ def test_errors_name_what_is_wrong(stack: Stack) -> None:
     job = stack.watch(stack.create("gone", gone).job.id, _ended)
     assert (job.job.state, job.job.error.reason) == (jobs_pb2.JOB_STATE_FAILED, "NOT_FOUND")
     assert str(ArtifactRef("adapter", "gone", "0" * 64)) in job.job.error.message
+
+
+def test_the_untrained_base_is_converted_once(stack: Stack, tmp_path: Path) -> None:
+    spec = stack.spec("Q8_0")
+    assert not stack.watch(stack.create("without", spec).job.id, _ended).package_result.HasField("base_gguf")
+    spec.base_gguf = True
+    first = stack.watch(stack.create("first", spec).job.id, _ended)
+    assert first.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, first.job.error
+    made = ref_of(first.package_result.base_gguf)
+    assert stack.store.manifest(made).inputs == (stack.base,)
+    stack.store.get(made, tmp_path / "base")
+    (file,) = (tmp_path / "base").iterdir()
+    # As large as the merged model, and not the merged model.
+    assert file.stat().st_size == pytest.approx(first.package_result.reference.size_bytes, abs=64)
+    merged = stack.store.manifest(ref_of(first.package_result.reference.artifact)).files[0]
+    assert stack.store.manifest(made).files[0].sha256 != merged.sha256
+    spec.name = "another-adapter"
+    again = stack.watch(stack.create("again", spec).job.id, _ended)
+    assert ref_of(again.package_result.base_gguf) == made
+    assert len(list(stack.store.find("gguf", stack.base.name))) == 1

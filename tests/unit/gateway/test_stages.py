@@ -13,14 +13,19 @@ def ref(kind: str, digit: str) -> dict[str, Any]:
     return {"kind": f"ARTIFACT_KIND_{kind}", "name": "demo", "digest": digit * 64, "size_bytes": "7"}
 
 
-def inputs(model: str = "smollm2-135m-instruct", revision: str = "", **results: Any) -> Inputs:
+def inputs(
+    model: str = "smollm2-135m-instruct", revision: str = "", *, compare_base: bool = False, **results: Any
+) -> Inputs:
     pipeline = gateway_pb2.Pipeline(name="demo", base={"model": model, "revision": revision})
     pipeline.package.quantizations.extend(["Q8_0", "Q4_K_M"])
     for target, kind in ((pipeline.dataset.artifact, "DATASET"), (pipeline.verify.suite, "SUITE")):
         target.kind, target.name, target.digest = f"ARTIFACT_KIND_{kind}", "demo", "a" * 64
+    pipeline.verify.compare_base = compare_base
     return Inputs(Pipeline.from_json(check_pipeline(pipeline)), results, "{}")
 
 
+PREPARED = {"base": ref("BASE_MODEL", "8")}
+TRAINED = {"adapter": ref("ADAPTER", "9")}
 PACKAGE = {
     "merged": ref("MERGED_MODEL", "0"),
     "reference": {"artifact": ref("GGUF", "1")},
@@ -77,3 +82,16 @@ def test_the_text_of_run_json_does_not_decide_a_verification_but_the_deployment_
 )
 def test_only_names_that_mean_the_same_bytes_for_ever_are_taken_over(model, revision, fixed):
     assert names_content(inputs(model, revision)) is fixed
+
+
+def test_the_base_is_converted_and_tested_only_when_that_is_asked_for():
+    assert not BY_NAME["package"].spec(inputs(prepare=PREPARED, train=TRAINED)).base_gguf
+    asked = inputs(compare_base=True, prepare=PREPARED, train=TRAINED)
+    assert BY_NAME["package"].spec(asked).base_gguf
+    made = PACKAGE | {"base_gguf": ref("GGUF", "5")}
+    result = BY_NAME["package"].read(made)
+    assert "5" in [artifact.digest[0] for artifact in BY_NAME["package"].artifacts(result)]
+    assert "5" not in [artifact.digest[0] for artifact in BY_NAME["package"].files(result)]
+    deployed = {"deployment": {"id": "demo:v2"}}
+    assert BY_NAME["verify"].spec(inputs(package=made, deploy=deployed)).base_gguf.digest == "5" * 64
+    assert not BY_NAME["verify"].spec(inputs(package=PACKAGE, deploy=deployed)).HasField("base_gguf")

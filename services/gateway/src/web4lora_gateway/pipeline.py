@@ -64,6 +64,7 @@ _DEPLOY: Mapping[str, Rule] = {
     "parallel": Number(4, low=1, high=64),
     "promote": Choice("passed", ("passed", "always", "never")),
 }
+_VERIFY: Mapping[str, Rule] = {"compare_base": Flag(False)}
 _BUDGETS: Mapping[str, Rule] = {
     "max_score_drop_points": Number(2, low=0, high=100),
     "min_size_reduction": Number(low=0, high=1),
@@ -214,6 +215,7 @@ def _check_package(package: packager_pb2.PackageSettings) -> None:
 def _check_verify(verify: deployer_pb2.VerifySettings) -> None:
     if verify.suite.digest or verify.suite_file:
         _check_ref(verify.suite, "verify.suite", "suite")
+    fill(verify, "verify", _VERIFY)
     fill(verify.budgets, "verify.budgets", _BUDGETS)
     for name, percent in sorted(verify.budgets.min_score_percent.items()):
         problem = Number(low=0, high=100).problem(percent)

@@ -143,7 +143,7 @@ class Packaging:
             _QUANT_SHARE.get(name.strip("IQ")[:1], _QUANT_SHARE_ELSE) for name in self._spec.quantizations
         ]
         made = sum(path.stat().st_size for path in self._work.rglob("*") if path.is_file())
-        needed = int(size * (2 + sum(shares))) + _HEADROOM_BYTES
+        needed = int(size * (2 + self._spec.base_gguf + sum(shares))) + _HEADROOM_BYTES
         free = shutil.disk_usage(self._work).free
         if free + made < needed:
             raise ResourceExhausted(

@@ -34,6 +34,7 @@ class PackageSpec:
         temperature: Sampling temperature for the Modelfile.
         importance_matrix: Quantize with an importance matrix.
         importance_matrix_chunks: Its calibration text, in chunks of 512 tokens.
+        base_gguf: Also convert the untrained base.
     """
 
     name: str
@@ -46,6 +47,7 @@ class PackageSpec:
     temperature: float
     importance_matrix: bool
     importance_matrix_chunks: int
+    base_gguf: bool
 
     def context_for(self, model_tokens: int | None) -> int:
         """Return the context length for a model that was trained for `model_tokens`.
@@ -116,6 +118,7 @@ def spec_of(message: packager_pb2.PackageSpec) -> PackageSpec:
         temperature=temperature,
         importance_matrix=asked.importance_matrix,
         importance_matrix_chunks=chunks,
+        base_gguf=message.base_gguf,
     )
 
 

@@ -19,6 +19,7 @@ from web4lora_chassis.settings import load
 from web4lora_llamacpp import LlamaCpp, ensure_built
 
 from web4lora_packager.adapter import ADAPTER_FILES
+from web4lora_packager.base_gguf import base_gguf
 from web4lora_packager.package import REFERENCE_NAME, GgufReport, Package, Packaging
 from web4lora_packager.settings import PackagerSettings
 from web4lora_packager.specs import PackageSpec, spec_of
@@ -43,7 +44,15 @@ def run_package(context: JobContext) -> Mapping[str, Any]:
         spec, base_folder, adapter_folder, _training(store, spec, context), _licence(base), llama,
         context.work_dir, settings.packager_load_timeout_seconds, context.report,
     ).run()  # fmt: skip
-    return to_json(_store(store, spec, llama, package, context))
+    result = _store(store, spec, llama, package, context)
+    if spec.base_gguf:
+        tools = tool_versions() | {"llama.cpp": llama.version}
+        made = base_gguf(
+            store, spec.base, base_folder, llama, context.work_dir,
+            gguf_type=package.reference.type, tools=tools, report=context.report,
+        )  # fmt: skip
+        result.base_gguf.CopyFrom(ref_message(made))
+    return to_json(result)
 
 
 def require_base(spec: PackageSpec, adapter: Manifest) -> None:

@@ -15,6 +15,7 @@ def _spec(inputs: Inputs) -> packager_pb2.PackageSpec:
         base=inputs.result("prepare", trainer_pb2.PrepareResult()).base,
         adapter=inputs.result("train", trainer_pb2.TrainResult()).adapter,
         package=pipeline.package,
+        base_gguf=pipeline.suite is not None and pipeline.verify.compare_base,
     )
     if pipeline.package.importance_matrix:
         spec.dataset.CopyFrom(ref_message(pipeline.dataset))
@@ -26,7 +27,8 @@ def _files(result: packager_pb2.PackageResult) -> tuple[Ref, ...]:
 
 
 def _artifacts(result: packager_pb2.PackageResult) -> tuple[Ref, ...]:
-    return (result.merged, *_files(result))
+    base = (result.base_gguf,) if result.HasField("base_gguf") else ()
+    return (result.merged, *_files(result), *base)
 
 
 STAGE = Stage(

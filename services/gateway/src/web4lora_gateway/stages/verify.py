@@ -22,12 +22,14 @@ def _deployed(inputs: Inputs) -> deployer_pb2.Deployment:
 def _spec(inputs: Inputs) -> deployer_pb2.VerifySpec | None:
     if inputs.pipeline.suite is None:
         return None
+    package = inputs.result("package", packager_pb2.PackageResult())
     return deployer_pb2.VerifySpec(
         name=inputs.pipeline.name,
         deployment=_deployed(inputs).id,
-        reference=inputs.result("package", packager_pb2.PackageResult()).reference.artifact,
+        reference=package.reference.artifact,
         verify=inputs.pipeline.verify,
         run_json=inputs.run_json,
+        base_gguf=package.base_gguf if package.HasField("base_gguf") else None,
     )
 
 
