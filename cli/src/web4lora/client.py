@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
-from web4.lora.v1 import artifacts_pb2, artifacts_pb2_grpc, deployer_pb2, gateway_pb2, gateway_pb2_grpc
+from web4.lora.v1 import (
+    artifacts_pb2,
+    artifacts_pb2_grpc,
+    deployer_pb2,
+    gateway_pb2,
+    gateway_pb2_grpc,
+    jobs_pb2,
+)
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, Manifest, open_store
 from web4lora_chassis.errors import InvalidInput, NotFound, Unavailable, Web4Error
 from web4lora_chassis.rpc import channel, error_of, ref_message, ref_of
 from web4lora_chassis.settings import Settings, load
 
+from web4lora.deployable import deploy_spec
+from web4lora.docker_login import registry_login
 from web4lora.home import load_settings
 from web4lora.pipeline_file import PipelineFile, read_pipeline
 from web4lora.upload import store_dataset, store_suite
@@ -32,6 +42,9 @@ _TERMINAL = (
     gateway_pb2.RUN_STATE_FAILED,
     gateway_pb2.RUN_STATE_CANCELLED,
 )
+
+_JOB_TERMINAL = (jobs_pb2.JOB_STATE_SUCCEEDED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_CANCELLED)
+_LOGIN = "registry-login"
 
 R = TypeVar("R")
 
@@ -267,6 +280,144 @@ class Client:
         """
         request = gateway_pb2.GatewayServiceDeleteDeploymentRequest(id=deployment_id)
         self._call(self._gateway.DeleteDeployment, request, _LOAD_SECONDS)
+
+    def deploy(
+        self,
+        source: str | Path,
+        name: str = "",
+        *,
+        target: str = "",
+        context_tokens: int = 0,
+        parallel: int = 0,
+        stop: Iterable[str] = (),
+        system: str | None = None,
+        temperature: float | None = None,
+        license_text: str | None = None,
+        request_id: str = "",
+    ) -> deployer_pb2.DeployerJob:
+        """Start to deploy a model as a candidate, beside what serves under its name; see `promote`.
+
+        Args:
+            source: A run's id or folder, or a GGUF file, which is stored first unless it is there.
+            name: What people will call it; empty takes the run's name.
+            target: "auto", "ollama", "docker" or "llama-server"; empty takes the deployer's own setting.
+            context_tokens: Context length of one request; 0 takes the packager's advice, else 4096.
+            parallel: Requests answered at once; 0 takes 4.
+            stop: Texts that end an answer, besides the model's own end token; none takes the report's.
+            system: System message of conversations that have none; None takes the report's.
+            temperature: Of requests that name none; None takes the report's, else 0.
+            license_text: The licence, its name or its text; None takes the report's.
+            request_id: Makes the call repeatable.
+
+        Returns:
+            The job; `watch_job` follows it.
+
+        Raises:
+            InvalidInput: A name, file or setting that can't be deployed.
+            NotFound: There is no such file or run.
+            FailedPrecondition: The run has no packaged model.
+        """
+        spec = deploy_spec(source, name, run_of=self.get_run, open_store=lambda: self.store)
+        for field, value in (("target", target), ("context_tokens", context_tokens), ("parallel", parallel)):
+            if value:
+                setattr(spec.deploy, field, value)
+        spec.parameters.stop.extend(stop)
+        for field, given in (("system", system), ("temperature", temperature), ("license", license_text)):
+            if given is not None:
+                setattr(spec.parameters, field, given)
+        request = deployer_pb2.CreateDeployerJobRequest(
+            request_id=request_id or uuid.uuid4().hex, deploy=spec
+        )
+        return self.create_job(request)
+
+    def push(
+        self,
+        deployment: str,
+        reference: str,
+        *,
+        plain_http: bool = False,
+        login: Mapping[str, str] | None = None,
+        request_id: str = "",
+    ) -> deployer_pb2.DeployerJob:
+        """Start to push a deployment to an OCI registry.
+
+        Args:
+            deployment: Its id or name.
+            reference: `registry/repository[:tag]`.
+            plain_http: Speak without TLS also to a registry beyond this machine.
+            login: `username` and `password`, or `identity_token`; None takes Docker's own for the registry.
+            request_id: Makes the call repeatable.
+
+        Returns:
+            The job; `watch_job` follows it.
+
+        Raises:
+            InvalidInput: The reference has another form.
+            FailedPrecondition: Docker's configuration can't be read.
+        """
+        held = registry_login(reference.partition("/")[0]) if login is None else dict(login)
+        spec = deployer_pb2.PushSpec(
+            deployment=deployment,
+            reference=reference,
+            plain_http=plain_http,
+            secret=_LOGIN if held else "",
+        )
+        request = deployer_pb2.CreateDeployerJobRequest(request_id=request_id or uuid.uuid4().hex, push=spec)
+        if held:
+            request.secrets[_LOGIN] = json.dumps(held)
+        return self.create_job(request)
+
+    def create_job(self, request: deployer_pb2.CreateDeployerJobRequest) -> deployer_pb2.DeployerJob:
+        """Create a job of the deployer.
+
+        Raises:
+            InvalidInput: Its spec is out of bounds.
+            Unavailable: The gateway or the deployer is out of reach.
+        """
+        wrapped = gateway_pb2.GatewayServiceCreateDeployerJobRequest(request=request)
+        return self._call(self._gateway.CreateDeployerJob, wrapped).job
+
+    def watch_job(self, job_id: str) -> Iterator[deployer_pb2.DeployerJob]:
+        """Yield snapshots of a job of the deployer, the current one first, until it has ended.
+
+        A gateway or deployer that goes away is waited for: up to a minute, since jobs go on when it is back.
+
+        Raises:
+            NotFound: No such job.
+            Unavailable: The gateway was never there, or stayed away.
+        """
+        seen = -1
+        away_since = 0.0
+        while True:
+            stream = self._gateway.WatchDeployerJob(
+                gateway_pb2.GatewayServiceWatchDeployerJobRequest(id=job_id)
+            )
+            try:
+                for answer in stream:
+                    away_since = 0.0
+                    if answer.job.job.revision > seen:
+                        seen = answer.job.job.revision
+                        yield answer.job
+                    if answer.job.job.state in _JOB_TERMINAL:
+                        return
+            except grpc.RpcError as call:
+                error = self._error(call)
+                away_since = away_since or time.monotonic()
+                away = time.monotonic() - away_since > _AWAY_SECONDS
+                if seen < 0 or away or not isinstance(error, Unavailable):
+                    raise error from call
+            finally:
+                stream.cancel()
+            time.sleep(1)
+
+    def cancel_job(self, job_id: str) -> deployer_pb2.DeployerJob:
+        """Ask a job of the deployer to end; its process is stopped within seconds.
+
+        Raises:
+            NotFound: No such job.
+        """
+        request = gateway_pb2.GatewayServiceCancelDeployerJobRequest(id=job_id)
+        return self._call(self._gateway.CancelDeployerJob, request).job
 
     def artifacts(self, kind: str = "", name: str = "") -> Iterator[artifacts_pb2.Artifact]:
         """Yield the artifacts of a kind and a name, newest first; empty means any.

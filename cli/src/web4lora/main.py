@@ -15,7 +15,20 @@ import typer
 from web4lora_chassis.errors import Internal, InvalidInput, Web4Error
 from web4lora_chassis.settings import ENV_FILE
 
-from web4lora.commands import artifacts, chat, dataset, demo, deployments, gc, run, runs, stack, trainer
+from web4lora.commands import (
+    artifacts,
+    chat,
+    dataset,
+    demo,
+    deploy,
+    deployments,
+    gc,
+    push,
+    run,
+    runs,
+    stack,
+    trainer,
+)
 from web4lora.commands.options import examples
 from web4lora.views import console
 
@@ -31,12 +44,14 @@ app = typer.Typer(
 )
 stack.register(app)
 run.register(app)
+deploy.register(app)
 chat.register(app)
 demo.register(app)
 gc.register(app)
 app.add_typer(runs.app, name="runs")
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(dataset.app, name="dataset")
+push.register(deployments.app)
 app.add_typer(deployments.app, name="deployments")
 app.add_typer(trainer.app, name="trainer")
 

@@ -1,0 +1,171 @@
+"""`web4lora deploy`: a run's model or a GGUF from elsewhere into a runtime, without training."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Annotated, Any
+
+import typer
+from web4.lora.v1 import deployer_pb2
+
+from web4lora.client import Client
+from web4lora.commands.following import step
+from web4lora.commands.options import Json, examples
+from web4lora.commands.working import finish
+from web4lora.home import command_name
+from web4lora.views import human
+from web4lora.views.console import OK, data_of, line, mark, print_json
+
+_EXAMPLES = examples(
+    "web4lora deploy model.Q4_K_M.gguf --name my-model",
+    "web4lora deploy latest --target ollama",
+    "web4lora deploy outputs/run_2026-11-22_1 --name web4-demo --target docker --context 8192",
+    'web4lora deploy other.gguf --name other --stop "<|end|>" --system "You are brief."',
+)
+_QUESTION = "Say hi."
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("deploy", epilog=_EXAMPLES)(deploy)
+
+
+def deploy(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN|GGUF", help="A run's id or folder, or a GGUF file.", show_default=False),
+    ],
+    name: Annotated[
+        str,
+        typer.Option("--name", help="What people will call it; a run brings its own.", show_default=False),
+    ] = "",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="ollama, docker, llama-server, or auto, the first of these that is found; by default the "
+            "deployer's own setting, which is auto.",
+            show_default=False,
+        ),
+    ] = "",
+    context_tokens: Annotated[
+        int,
+        typer.Option(
+            "--context", min=0, help="Context length in tokens; 0 takes the run's advice, else 4096."
+        ),
+    ] = 0,
+    parallel: Annotated[int, typer.Option(min=0, help="Requests answered at once; 0 takes 4.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="A text that ends an answer; may be given often."),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system", metavar="TEXT", help="The system message when none is given.", show_default=False
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=2.0, help="Of requests that name none; 0 by default.", show_default=False),
+    ] = None,
+    license_text: Annotated[
+        str | None,
+        typer.Option(
+            "--license", metavar="TEXT", help="The model's licence, its name or its text.", show_default=False
+        ),
+    ] = None,
+    promote: Annotated[
+        bool,
+        typer.Option(
+            "--promote/--no-promote",
+            help="Let the name stand for it once it has answered; without, it is a candidate beside it.",
+        ),
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Deploy a model without training: a run's, or a GGUF from elsewhere.
+
+    What is there already is neither uploaded nor started again. After Ctrl-C serves what served before.
+    """
+    with Client() as client:
+        job = client.deploy(
+            source,
+            name,
+            target=target,
+            context_tokens=context_tokens,
+            parallel=parallel,
+            stop=stop or (),
+            system=system,
+            temperature=temperature,
+            license_text=license_text,
+        )
+        if not as_json and target in ("", "auto"):
+            _say_found(client)
+        kept = "What served before still serves."
+        result = finish(client, job, quiet=as_json, kept=kept).deploy_result
+        deployment = (
+            client.promote(result.deployment.id) if promote else client.deployment(result.deployment.id)
+        )
+    if as_json:
+        print_json(
+            {
+                "deployment": data_of(deployment),
+                "unchanged": result.unchanged,
+                "ready_seconds": result.ready_seconds,
+                "request": request_of(deployment),
+            }
+        )
+        return
+    done = (
+        "it serves already: nothing was moved" if result.unchanged else human.duration(result.ready_seconds)
+    )
+    mark(OK, f"{deployment.id} on {deployment.target} {deployment.runtime_version}   {done}")
+    _say_how(deployment)
+
+
+def request_of(deployment: deployer_pb2.Deployment) -> dict[str, Any]:
+    """Return the HTTP request that asks a deployment something: url and body."""
+    return {
+        "url": f"{deployment.endpoint}/chat/completions",
+        "body": {
+            "model": called(deployment),
+            "messages": [{"role": "user", "content": _QUESTION}],
+            "temperature": 0,
+        },
+    }
+
+
+def called(deployment: deployer_pb2.Deployment) -> str:
+    """Return what a runtime's own clients call a deployment: its name, where the runtime knows names."""
+    named = deployment.promoted and deployment.target in ("ollama", "docker")
+    return deployment.name if named else deployment.model
+
+
+def own_command(deployment: deployer_pb2.Deployment) -> str:
+    """Return the command of the runtime's own that asks a deployment something; empty when it has none."""
+    programs = {"ollama": "ollama run", "docker": "docker model run"}
+    program = programs.get(deployment.target)
+    return f"{program} {called(deployment)} {shlex.quote(_QUESTION)}" if program else ""
+
+
+def _say_found(client: Client) -> None:
+    """Print which runtimes were looked for, where, and what was found."""
+    for runtime in client.info().runtimes:
+        found = f"{runtime.version} at {runtime.address}".strip() if runtime.usable else runtime.detail
+        line(f"  {runtime.target:<14} {found}", style="" if runtime.usable else "dim")
+
+
+def _say_how(deployment: deployer_pb2.Deployment) -> None:
+    """Print the name to call, and every way to ask."""
+    if deployment.promoted:
+        step("Its name", deployment.name)
+    else:
+        step("A candidate", f"`{command_name()} deployments promote {deployment.id}` gives it the name")
+    asked = deployment.name if deployment.promoted else deployment.id
+    step("Ask it", f"{command_name()} chat {asked} {shlex.quote(_QUESTION)}")
+    if own := own_command(deployment):
+        step("Or", own)
+    request = request_of(deployment)
+    body = shlex.quote(json.dumps(request["body"]))
+    step("Or", f"curl {request['url']} -H 'Content-Type: application/json' -d {body}")
