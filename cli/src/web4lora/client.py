@@ -27,6 +27,7 @@ from web4lora_chassis.settings import Settings, load
 
 from web4lora.deployable import deploy_spec
 from web4lora.docker_login import registry_login
+from web4lora.evaluation import Asked, evaluate_request, report_name
 from web4lora.home import load_settings
 from web4lora.pipeline_file import PipelineFile, read_pipeline
 from web4lora.upload import store_dataset, store_suite
@@ -366,6 +367,41 @@ class Client:
         if held:
             request.secrets[_LOGIN] = json.dumps(held)
         return self.create_job(request)
+
+    def evaluate(
+        self,
+        model: str | Asked,
+        suite: str | Path,
+        *,
+        against: Iterable[str | Asked] = (),
+        budgets: deployer_pb2.Budgets | None = None,
+        name: str = "",
+        request_id: str = "",
+    ) -> deployer_pb2.DeployerJob:
+        """Start to run a test suite on a model, wherever it answers.
+
+        Args:
+            model: A deployment's name or id, or `MODEL@http://HOST:PORT/v1`; as `Asked` also with a key.
+            suite: The suite file, which is stored first with the files it names.
+            against: Models to compare with, prompt by prompt; drops are measured from the first one.
+            budgets: Limits of the verdict; none is set by default.
+            name: Name of the report; empty makes one of the model's.
+            request_id: Makes the call repeatable.
+
+        Returns:
+            The job; `watch_job` follows it.
+
+        Raises:
+            InvalidInput: The suite is not YAML, or a model's address has another form.
+            NotFound: A file is not there.
+            Unavailable: The gateway, the deployer or the store is out of reach.
+        """
+        asked, *others = [
+            words if isinstance(words, Asked) else Asked.of(words) for words in (model, *against)
+        ]
+        spec = deployer_pb2.EvaluateSpec(name=name or report_name(asked), budgets=budgets)
+        spec.suite.CopyFrom(ref_message(store_suite(self.store, spec.name, Path(suite))))
+        return self.create_job(evaluate_request(asked, spec, others, request_id or uuid.uuid4().hex))
 
     def create_job(self, request: deployer_pb2.CreateDeployerJobRequest) -> deployer_pb2.DeployerJob:
         """Create a job of the deployer.

@@ -22,6 +22,7 @@ from web4lora.commands import (
     demo,
     deploy,
     deployments,
+    evaluate,
     gc,
     push,
     run,
@@ -46,6 +47,7 @@ stack.register(app)
 run.register(app)
 deploy.register(app)
 chat.register(app)
+evaluate.register(app)
 demo.register(app)
 gc.register(app)
 app.add_typer(runs.app, name="runs")

@@ -26,11 +26,21 @@ def verify_result(run: gateway_pb2.Run) -> deployer_pb2.VerifyResult | None:
 def show_scores(run: gateway_pb2.Run) -> None:
     """Print the scores, the limits that were missed and the verdict; nothing when there are none."""
     result = verify_result(run)
-    if result is None:
-        return
+    if result is not None:
+        show_result(result, _quantization(run), "16 bit")
+
+
+def show_result(result: deployer_pb2.VerifyResult, model: str, reference: str) -> None:
+    """Print what tests found: scores, missed limits, the verdict.
+
+    Args:
+        result: What they found.
+        model: Heads the column of the model under test.
+        reference: Heads that of the model that drops are measured from.
+    """
     line()
     if result.scores:
-        out.print(score_table(result, _quantization(run)))
+        out.print(score_table(result, model, reference))
     missed = [gate for gate in result.gates if not gate.passed]
     for gate in missed:
         text = f"{gate.name}: {gate.measured}, the limit is {gate.limit}"
@@ -39,7 +49,7 @@ def show_scores(run: gateway_pb2.Run) -> None:
     _row("verdict", f"{sign} {result.verdict}" if result.verdict else sign, style=STYLES[sign])
 
 
-def score_table(result: deployer_pb2.VerifyResult, quantization: str) -> Table:
+def score_table(result: deployer_pb2.VerifyResult, model: str, reference: str = "16 bit") -> Table:
     """Return the table of scores; the base model's column only when it was measured."""
     has_base = any(score.HasField("base_percent") for score in result.scores)
     has_reference = any(score.HasField("reference_percent") for score in result.scores)
@@ -48,8 +58,8 @@ def score_table(result: deployer_pb2.VerifyResult, quantization: str) -> Table:
     if has_base:
         table.add_column("base", justify="right", no_wrap=True)
     if has_reference:
-        table.add_column("16 bit", justify="right", no_wrap=True)
-    table.add_column(quantization, justify="right", no_wrap=True)
+        table.add_column(reference, justify="right", no_wrap=True)
+    table.add_column(model, justify="right", no_wrap=True)
     if has_reference:
         table.add_column("drop, 95 % interval", no_wrap=True)
     table.add_column("limit", overflow="fold")

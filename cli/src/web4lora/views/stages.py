@@ -61,7 +61,7 @@ def result_lines(stage: gateway_pb2.Stage) -> list[str]:
     if kind == "deploy_result":
         return [_deployed(stage.deploy_result)]
     if kind == "verify_result":
-        return [_verified(stage.verify_result)]
+        return [verified(stage.verify_result)]
     if kind == "promote_result":
         return [stage.promote_result.summary]
     return [""]
@@ -152,12 +152,21 @@ def _deployed(result: deployer_pb2.DeployResult) -> str:
     return f"{deployment.id} on {deployment.target}, {deployment.endpoint}"
 
 
-def _verified(result: deployer_pb2.VerifyResult) -> str:
+def verified(result: deployer_pb2.VerifyResult, against: str = "") -> str:
+    """Return what tests found in a line.
+
+    Args:
+        result: What they found.
+        against: What the model was compared with; empty: with itself before quantization.
+    """
     if not tested(result):
         return result.verdict
-    parts = [human.count(len(result.scores), "score")]
+    # Results of runs from before prompts were told have scores alone.
+    parts = [
+        human.count(result.prompts, "prompt") if result.prompts else human.count(len(result.scores), "score")
+    ]
     if any(score.HasField("reference_percent") for score in result.scores):
-        parts[0] += ", before and after quantization"
+        parts[0] += f" against {against}" if against else " before and after quantization"
     if result.time_to_first_token_seconds:
         parts.append(f"first token after {result.time_to_first_token_seconds:.2f} s")
     if result.tokens_per_second:
