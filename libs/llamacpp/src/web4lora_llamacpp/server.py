@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -47,6 +48,7 @@ class LlamaServer:
         parallel: Requests at work at once; each has its whole context, so memory grows with it.
         log_file: Where its output goes; appended to.
         alias: Name of the model in the API.
+        options: Further options, which win over ours.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class LlamaServer:
         parallel: int,
         log_file: Path,
         alias: str = "",
+        options: Sequence[str] = (),
     ) -> None:
         self._llama = llama
         self._gguf = gguf
@@ -69,6 +72,7 @@ class LlamaServer:
         self._parallel = parallel
         self._log_file = log_file
         self._alias = alias
+        self._options = tuple(options)
         self._log_start = 0
         self._base = ""
         self._process: subprocess.Popen[bytes] | None = None
@@ -178,7 +182,8 @@ class LlamaServer:
             # Else it keeps up to 8 GiB of former prompts: more than the model, and in no memory figure.
             "--cache-ram", "0",
         ]  # fmt: skip
-        return [*command, "--alias", self._alias] if self._alias else command
+        alias = ["--alias", self._alias] if self._alias else []
+        return [*command, *alias, *self._options]
 
     def _healthy(self) -> bool:
         """Return True once the log names the address and that answers."""
