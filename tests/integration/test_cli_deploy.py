@@ -101,6 +101,7 @@ def test_a_gguf_from_elsewhere_is_deployed_answers_and_is_pushed(
     assert "ollama" in text
     assert "not running at http://127.0.0.1:1" in text  # what was tried
     assert "on llama-server" in text
+    assert "! llama-server takes system message and stop texts from each request" in text
     assert "Its name           other" in text
     (curl,) = [row.split("Or", 1)[1].strip() for row in text.splitlines() if "curl " in row]
     answer = subprocess.run(shlex.split(curl), capture_output=True, check=True, timeout=120)

@@ -15,7 +15,7 @@ from web4lora.commands.options import Json, examples
 from web4lora.commands.working import finish
 from web4lora.home import command_name
 from web4lora.views import human
-from web4lora.views.console import OK, data_of, line, mark, print_json
+from web4lora.views.console import NOTE, OK, data_of, line, mark, print_json
 
 _EXAMPLES = examples(
     "web4lora deploy model.Q4_K_M.gguf --name my-model",
@@ -121,6 +121,8 @@ def deploy(
         "it serves already: nothing was moved" if result.unchanged else human.duration(result.ready_seconds)
     )
     mark(OK, f"{deployment.id} on {deployment.target} {deployment.runtime_version}   {done}")
+    if (system or stop) and deployment.target != "ollama":
+        mark(NOTE, f"{deployment.target} takes system message and stop texts from each request: send them.")
     _say_how(deployment)
 
 
