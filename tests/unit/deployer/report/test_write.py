@@ -10,11 +10,12 @@ from typing import Any
 import jsonschema
 import pytest
 from PIL import Image
-from web4lora_deployer.report import ReportFacts, write_reports
+from web4lora_deployer.report import Comparison, Difference, ReportFacts, SpeedLimit, write_reports
 from web4lora_deployer.report.eval_json import eval_json
 from web4lora_deployer.report.facts import summarize
 from web4lora_deployer.report.markdown import eval_log
-from web4lora_deployer.suite import Budgets
+from web4lora_deployer.suite import Answer, Budgets, Reply
+from web4lora_deployer.suite.tool_call import ANY_CALL, grade_constrained
 
 
 def test_all_files_and_the_summary(tmp_path: Path, facts: ReportFacts) -> None:
@@ -120,3 +121,78 @@ def test_nothing_changed_another_suite_or_another_form(facts: ReportFacts, befor
     assert "The suite itself has changed" in log(replace(facts, previous=before))
     other = log(replace(facts, previous={"schema": "web4lora.eval/0"}))
     assert "The last report has another form (web4lora.eval/0): not compared." in other
+
+
+LIMIT = SpeedLimit(60, 30, 80.0, 400.0, 2)
+
+
+def compared(facts: ReportFacts, same_file: bool | None, *differences: Difference) -> ReportFacts:
+    model = replace(facts.deployed.model, label="other", target="ollama")
+    other = replace(facts.deployed, model=model)
+    return replace(facts, reference=other, comparisons=(Comparison(other, same_file, differences),))
+
+
+def test_the_share_of_llama_bench(facts: ReportFacts) -> None:
+    assert "## Throughput" not in log(facts)
+    text = log(replace(facts, speed_limit=LIMIT))
+    # 100 prompts of 60 + 30 tokens in 52.3 s.
+    assert "| Q4_K_M (llama-server) | 4 | 100 in 52 s | 6,000 (not told) | 57.4 | 72 % | 172 | 43 % |" in text
+    assert "16 bit (" not in text.partition("## Throughput")[2].partition("## ")[0], "another file"
+    data = eval_json(replace(facts, speed_limit=LIMIT), summarize(facts), datetime(2026, 11, 22, tzinfo=UTC))
+    assert data["throughput"]["deployed"]["llama_bench_answer_share"] == pytest.approx(0.717, abs=1e-3)
+    assert data["throughput"]["reference"]["llama_bench_answer_share"] is None
+    assert data["llama_bench"]["threads"] == 2
+
+
+def test_each_prompt_that_differs_is_named_with_its_reason(facts: ReportFacts) -> None:
+    same = log(compared(facts, True))
+    assert "serve the same file: all 100 answers are the same, sign by sign." in same
+    assert "drops are measured" not in same
+    why = 'at token 3 "a" | "b": nearly as likely'
+    difference = Difference(facts.suite.prompts[3].id, "tool", "rounding", why, "a", "```b")
+    text = log(compared(facts, True, difference))
+    assert "99 of 100 answers are the same, 1 differ (1 a near tie, decided by rounding)" in text
+    assert f"| {facts.suite.prompts[3].id} | tool | at token 3" in text
+    assert "````text\n```b\n````" in text
+    assert "prompts that other passed" in text
+    assert text.count("<details>") == text.count("</details>")
+    other_file = log(compared(facts, False, difference))
+    assert "serve different files" in other_file
+    assert "Both texts" not in other_file
+
+
+def test_repeats_and_constrained_answers_are_told_apart(facts: ReportFacts, tmp_path: Path) -> None:
+    suite = replace(facts.suite, repeats=2)
+    core = replace(suite.core("tool"), json_schema=ANY_CALL)
+    suite = replace(suite, cores=(core, *suite.cores[1:]))
+    result = facts.deployed.result
+    prompt = suite.prompts[0]
+    wavered = replace(result.answers[0], reply=replace(result.answers[0].reply, text="else"))
+    held = Answer(prompt.id, "tool", Reply("{}"), tuple(grade_constrained("{}", prompt.check)))
+    result = replace(result, repeats=((wavered, *result.answers[1:]),), constrained=(held,))
+    deployed = replace(facts.deployed, result=result)
+    told = replace(facts, suite=suite, deployed=deployed, reference=None)
+    text = log(told)
+    assert (
+        "Asked 2 times, so many of the 100 prompts got the same text each time: Q4\\_K\\_M 99." in text
+        or ("Asked 2 times, so many of the 100 prompts got the same text each time: Q4_K_M 99." in text)
+    )
+    assert "| tool call, constrained, valid | 1 | 0 % |" in text
+    assert "each asked 2 times" in text
+    assert "scored apart and enter no other score" in text
+    write_reports(tmp_path, told)
+    data = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    schema = json.loads(files("web4lora_deployer.report").joinpath("eval.schema.json").read_text())
+    jsonschema.validate(data, schema)
+    first = data["answers"][0]["deployed"]
+    assert first["repeats"]["asked"] == 2
+    assert first["repeats"]["different_texts"] == 2
+    assert first["constrained"]["checks"] == {
+        "tool_call_constrained.valid": False,
+        "tool_call_constrained.right_tool": False,
+        "tool_call_constrained.exact": False,
+    }
+    write_reports(tmp_path / "compared", compared(facts, True))
+    compared_data = json.loads((tmp_path / "compared" / "eval.json").read_text(encoding="utf-8"))
+    jsonschema.validate(compared_data, schema)
+    assert set(compared_data) <= set(schema["properties"])

@@ -191,6 +191,8 @@ def _speed(facts: ReportFacts, summary: VerifySummary) -> str:
     parts = [table(head, rows)] if rows else []
     if summary.memory_bytes:
         parts.append(f"Resident memory of the runtime: {words.size(summary.memory_bytes)}.")
+    elif facts.deployed.model.target:
+        parts.append(f"Resident memory: {_plain(facts.deployed.model.target)} does not tell it here.")
     return "## Speed and memory\n\n" + "\n\n".join(parts) if parts else ""
 
 
