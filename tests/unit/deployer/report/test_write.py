@@ -173,10 +173,7 @@ def test_repeats_and_constrained_answers_are_told_apart(facts: ReportFacts, tmp_
     deployed = replace(facts.deployed, result=result)
     told = replace(facts, suite=suite, deployed=deployed, reference=None)
     text = log(told)
-    assert (
-        "Asked 2 times, so many of the 100 prompts got the same text each time: Q4\\_K\\_M 99." in text
-        or ("Asked 2 times, so many of the 100 prompts got the same text each time: Q4_K_M 99." in text)
-    )
+    assert "Asked 2 times, so many of the 100 prompts got the same text each time: Q4_K_M 99." in text
     assert "| tool call, constrained, valid | 1 | 0 % |" in text
     assert "each asked 2 times" in text
     assert "scored apart and enter no other score" in text
