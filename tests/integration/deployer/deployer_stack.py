@@ -47,6 +47,7 @@ class Stack:
             "WEB4LORA_LLAMA_SERVER_FIRST_PORT": str(settings.llama_server_first_port),
             "WEB4LORA_OLLAMA": settings.ollama,
             "WEB4LORA_DOCKER_MODEL_RUNNER": settings.docker_model_runner,
+            "WEB4LORA_GUARD_INTERVAL_SECONDS": str(settings.guard_interval_seconds),
         }
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -6,6 +6,7 @@ import httpx
 from web4lora_chassis.errors import FailedPrecondition, Unavailable
 
 from web4lora_deployer.runtimes.base import Deployed
+from web4lora_deployer.runtimes.http import refused
 
 _ANSWER_SECONDS = 600.0
 
@@ -15,7 +16,8 @@ def first_answer(deployed: Deployed) -> None:
 
     Raises:
         FailedPrecondition: The runtime is there, and the model does not answer.
-        Unavailable: The runtime is out of reach, or went away meanwhile.
+        ResourceExhausted: It has no memory for the model.
+        Unavailable: The runtime is out of reach or busy, or went away meanwhile.
     """
     try:
         answer = httpx.post(
@@ -37,6 +39,9 @@ def first_answer(deployed: Deployed) -> None:
             reason="MODEL_DOES_NOT_ANSWER",
         ) from error
     if answer.status_code != httpx.codes.OK or not _has_choices(answer):
+        known = refused("The runtime", f"let {deployed.model} answer", answer.status_code, answer.text)
+        if not isinstance(known, FailedPrecondition):  # busy or out of memory: that passes
+            raise known
         raise FailedPrecondition(
             f"{deployed.model} does not answer: {deployed.endpoint} said {answer.status_code}: "
             f"{answer.text[:300]}",

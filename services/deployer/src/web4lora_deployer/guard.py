@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from web4lora_chassis.errors import FailedPrecondition, NotFound, Unavailable, Web4Error
+from web4lora_chassis.errors import FailedPrecondition, NotFound, Web4Error
 
 from web4lora_deployer.deployments import Deployment, Deployments, Name
 from web4lora_deployer.first_answer import first_answer
@@ -125,7 +125,7 @@ class Guard:
             first_answer(health.deployed)
         except FailedPrecondition as error:
             return error.message
-        except Unavailable:  # the runtime went away, or its process did, which its health tells
+        except Web4Error:  # it went away, is busy or short of memory: no fault of the model
             return ""
         watched.answered = True
         return ""

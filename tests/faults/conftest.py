@@ -1,0 +1,27 @@
+"""Fixtures of the fault tests on a whole deployer and real runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_llama
+from integration.deployer.conftest import gguf, settings, stack
+from servers.llama_cpp import llama_cpp
+from servers.runtimes import model_runner, ollama
+from web4lora_llamacpp import LlamaCpp
+from web4lora_packager.convert import convert
+
+__all__ = ["gguf", "llama_cpp", "model_runner", "ollama", "settings", "stack"]
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, llama_cpp: LlamaCpp) -> Path:
+    """A model that loads at once. It talks nonsense, but every runtime takes it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    base = tiny_llama.write_base(folder / "base", tied=False)
+    convert(
+        llama_cpp, base, folder / "tiny.gguf",
+        gguf_type="BF16", name="tiny", log=folder / "log", report=lambda _: None,
+    )  # fmt: skip
+    return folder / "tiny.gguf"
