@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +12,14 @@ from pathlib import Path
 import httpx
 import pytest
 from integration.deployer.deployer_stack import Stack, ask, deployed
-from servers.fixtures import Proxy
+from servers.fixtures import Proxy, program
 from servers.runtimes import model_runner
 from unit.deployer.records import record
 from web4.lora.v1 import deployer_pb2
 from web4lora_chassis.artifacts import hash_file
-from web4lora_chassis.errors import DataLoss, Unavailable
+from web4lora_chassis.errors import DataLoss, FailedPrecondition, Unavailable
 from web4lora_deployer.deployments import Deployment
+from web4lora_deployer.runtimes import docker_model_runner
 from web4lora_deployer.runtimes.base import State
 from web4lora_deployer.runtimes.docker_model_runner import DockerModelRunnerRuntime
 from web4lora_deployer.settings import DeployerSettings
@@ -56,14 +60,60 @@ def test_deploy_promote_answer_and_delete(stack: Stack, gguf: Path, model_runner
     assert deployment.target == "docker"  # "auto" takes it where Ollama is not
     assert deployment.endpoint == f"{model_runner}/engines/v1"
     assert "gravity" in ask(deployment)
-    candidate = httpx.get(f"{model_runner}/models/{deployment.id}").json()
-    assert httpx.get(f"{model_runner}/models/demo").status_code == 404
+    # Asked for a bare name that has no tag, it would show whatever model has that name under any tag.
+    assert httpx.get(f"{model_runner}/models/demo:latest").status_code == 404
     stack.promote(deployment)
+    candidate = httpx.get(f"{model_runner}/models/{deployment.id}").json()
     assert candidate == httpx.get(f"{model_runner}/models/demo").json()
     assert candidate["config"]["context_size"] == 512
     assert stack.get("demo").state == deployer_pb2.DEPLOYMENT_STATE_SERVING
     stack.api.DeleteDeployment(deployer_pb2.DeleteDeploymentRequest(id=deployment.id))
     assert httpx.get(f"{model_runner}/models").json() == []
+
+
+def test_what_it_shows_is_what_was_asked(
+    runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path, model_runner: str
+) -> None:
+    runtime.deploy(wanted, gguf, lambda _: None)
+    config = httpx.get(f"{model_runner}/models/{wanted.id}").json()["config"]
+    assert config["context_size"] == 512
+    assert config["architecture"] == "llama"
+    about = config["gguf"]
+    assert about["general.name"] == "demo"
+    assert about["general.version"] == wanted.id.partition(":")[2]
+    assert about["general.license"] == "Apache-2.0"
+    assert "made by Web4 LoRA Core" in about["general.description"]
+
+
+def test_it_answers_through_docker_model_runner_s_own_client(
+    runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path, model_runner: str, tmp_path: Path
+) -> None:
+    runtime.deploy(wanted, gguf, lambda _: None)
+    runtime.promote(wanted)
+    env = {**os.environ, "MODEL_RUNNER_HOST": model_runner, "HOME": str(tmp_path)}
+
+    def dmr(*words: str) -> str:
+        done = subprocess.run(
+            [program("dmr"), *words], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    assert "gravity" in dmr("run", "demo", "What is gravity?").lower()
+    assert "demo" in dmr("list")
+    assert json.loads(dmr("inspect", "demo"))["config"]["context_size"] == 512
+
+
+def test_prompts_of_another_length_than_training_s_are_refused(
+    runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if Model Runner began each prompt twice: it does not, so its count is changed on the way."""
+    real = docker_model_runner.prompt_tokens
+    monkeypatch.setattr(docker_model_runner, "prompt_tokens", lambda *words: real(*words) + 1)
+    with pytest.raises(FailedPrecondition, match="may be doubled or missing") as caught:
+        runtime.deploy(wanted, gguf, lambda _: None)
+    assert caught.value.reason == "TEMPLATE_DIFFERS"
 
 
 def test_nothing_is_uploaded_twice(runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
 from pathlib import Path
 
 import grpc
 import httpx
+import numpy as np
 import psutil
 import pytest
+from gguf import GGUFWriter
 from integration.deployer.deployer_stack import (
     Stack,
     ask,
@@ -35,6 +39,22 @@ def test_a_deployed_model_answers_under_its_name(stack: Stack, gguf: Path) -> No
     assert stack.get("demo") == stack.get(deployment.id)
     listed = stack.api.ListDeployments(deployer_pb2.ListDeploymentsRequest()).deployments
     assert [item.id for item in listed] == [deployment.id]
+
+
+def test_it_answers_curl(stack: Stack, gguf: Path) -> None:
+    endpoint = deployed(stack.deploy(stack.put(gguf))).endpoint
+    body = json.dumps({"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 8})
+    command = [
+        "curl",
+        "-sS",
+        f"{endpoint}/chat/completions",
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        body,
+    ]
+    answer = subprocess.run(command, capture_output=True, check=True, timeout=120).stdout
+    assert "gravity" in json.loads(answer)["choices"][0]["message"]["content"].lower()
 
 
 def test_deploying_the_same_again_disturbs_nothing(stack: Stack, gguf: Path) -> None:
@@ -120,12 +140,26 @@ def test_deleting_stops_the_server_and_frees_the_file(stack: Stack, gguf: Path) 
 
 def test_a_file_that_is_no_model_fails_with_a_reason_and_leaves_nothing(stack: Stack, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
-    broken.write_bytes(b"GGUF" + b"\x03\0\0\0" + b"\0" * 16)
+    writer = GGUFWriter(broken, "llama")  # one weight, and nothing of what a llama is made of
+    writer.add_tensor("one", np.zeros((1, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     job = stack.deploy(stack.put(broken))
     assert job.job.state == jobs_pb2.JOB_STATE_FAILED
     assert job.job.error.reason == "MODEL_NOT_SERVED"
     assert "model.Q4_1.gguf" in job.job.error.message
     assert not stack.api.ListDeployments(deployer_pb2.ListDeploymentsRequest()).deployments
+    assert not list((stack.settings.deployer_home / "models").rglob("*.gguf"))
+
+
+def test_a_part_of_a_model_is_refused_before_a_runtime_sees_it(stack: Stack, tmp_path: Path) -> None:
+    part = tmp_path / "vocabulary.gguf"
+    part.write_bytes(b"GGUF" + b"\x03\0\0\0" + b"\0" * 16)
+    job = stack.deploy(stack.put(part))
+    assert job.job.error.reason == "NOT_A_WHOLE_MODEL"
+    assert job.job.error.message == "The GGUF holds a vocabulary and no weights."
     assert not list((stack.settings.deployer_home / "models").rglob("*.gguf"))
 
 

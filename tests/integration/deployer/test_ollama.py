@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,19 +14,23 @@ from threading import Thread
 import httpx
 import pytest
 from integration.deployer.deployer_stack import Stack, ask, deployed, server_of
-from servers.fixtures import Proxy
+from servers.fixtures import Proxy, program
 from servers.runtimes import ollama
 from unit.deployer.records import record
 from web4.lora.v1 import deployer_pb2, jobs_pb2
 from web4lora_chassis.artifacts import hash_file
 from web4lora_chassis.errors import DataLoss, FailedPrecondition, Unavailable
-from web4lora_deployer.deployments import Deployment
+from web4lora_deployer.deployments import Deployment, Parameters
 from web4lora_deployer.gguf_file import read_facts
 from web4lora_deployer.runtimes.base import State
 from web4lora_deployer.runtimes.ollama import OllamaRuntime
 from web4lora_deployer.runtimes.ollama_api import OllamaApi
+from web4lora_deployer.runtimes.tokens import Tokenizer, tokenizer_of
 from web4lora_deployer.settings import DeployerSettings
-from web4lora_deployer.templates import compare
+from web4lora_deployer.template_gate import Difference, Served, compare
+from web4lora_deployer.templates import go_template
+from web4lora_llamacpp import LlamaCpp
+from web4lora_packager.modelfile import ModelParameters, modelfile
 
 __all__ = ["ollama"]
 pytestmark = pytest.mark.timeout(300)
@@ -38,6 +44,32 @@ def settings(settings: DeployerSettings, ollama: str) -> DeployerSettings:
 @pytest.fixture
 def runtime(settings: DeployerSettings) -> OllamaRuntime:
     return OllamaRuntime(settings)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(
+    llama_cpp: LlamaCpp, gguf: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Tokenizer]:
+    """The model's own tokenizer."""
+    with tokenizer_of(llama_cpp, gguf, tmp_path_factory.mktemp("tokens") / "log") as tokenizer:
+        yield tokenizer
+
+
+def served_by(api: OllamaApi, model: str) -> Served:
+    return Served(
+        lambda messages: api.prompt_tokens(model, messages), lambda messages: api.render(model, messages)
+    )
+
+
+def client_of(ollama: str, *words: str, folder: Path | None = None) -> str:
+    """Run the program `ollama` as people do; return what it printed."""
+    env = {**os.environ, "OLLAMA_HOST": ollama}
+    done = subprocess.run(
+        [program("ollama"), *words], env=env, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def wanted(file: Path, **fields: object) -> Deployment:
@@ -106,24 +138,89 @@ def test_a_model_that_someone_else_removed_says_so(stack: Stack, gguf: Path, oll
     assert stack.get("demo").state == deployer_pb2.DEPLOYMENT_STATE_SERVING
 
 
-def test_its_prompts_are_training_s(runtime: OllamaRuntime, settings: DeployerSettings, gguf: Path) -> None:
+def test_its_prompts_are_training_s(
+    runtime: OllamaRuntime, settings: DeployerSettings, gguf: Path, tokenizer: Tokenizer
+) -> None:
     deployment = wanted(gguf)
     runtime.deploy(deployment, gguf, lambda _: None)
     api = OllamaApi(settings.ollama)
-    assert compare(read_facts(gguf), lambda messages: api.render(deployment.id, messages)) is None
+    assert compare(read_facts(gguf), tokenizer, served_by(api, deployment.id)) is None
     assert "SmolLM" in str(api.show(deployment.id)["system"])  # what its Jinja adds, and Ollama would not
     runtime.delete(deployment)
 
 
 def test_an_unknown_template_is_rendered_as_trained(
-    runtime: OllamaRuntime, settings: DeployerSettings, other_template: Path
+    runtime: OllamaRuntime, settings: DeployerSettings, other_template: Path, tokenizer: Tokenizer
 ) -> None:
     deployment = wanted(other_template)
     runtime.deploy(deployment, other_template, lambda _: None)
     api = OllamaApi(settings.ollama)
     facts = read_facts(other_template)
     assert "### Ask" in facts.chat_template
-    assert compare(facts, lambda messages: api.render(deployment.id, messages)) is None
+    assert compare(facts, tokenizer, served_by(api, deployment.id)) is None
+    runtime.delete(deployment)
+
+
+def test_a_prompt_that_differs_is_named_by_its_first_token(
+    runtime: OllamaRuntime, ollama: str, gguf: Path, tokenizer: Tokenizer
+) -> None:
+    deployment = wanted(gguf)
+    runtime.deploy(deployment, gguf, lambda _: None)
+    api = OllamaApi(ollama)
+    files = {"model.gguf": f"sha256:{deployment.sha256}"}
+    api.create({"model": "bare", "files": files}, lambda _: None)  # without the system message
+    difference = compare(read_facts(gguf), tokenizer, served_by(api, "bare"))
+    assert isinstance(difference, Difference)
+    assert str(difference).startswith("with one question, in turn 1 (user), token 1: trained")
+    assert '"<|im_start|>" then "system"' in str(difference)
+    assert '"<|im_start|>" then "user"' in str(difference)
+    api.delete("bare")
+    runtime.delete(deployment)
+
+
+def test_a_system_message_of_one_s_own_is_served(runtime: OllamaRuntime, ollama: str, gguf: Path) -> None:
+    deployment = wanted(gguf, parameters=Parameters(system="You are brief."))
+    runtime.deploy(deployment, gguf, lambda _: None)
+    prompt = OllamaApi(ollama).render(deployment.id, [{"role": "user", "content": "Hello."}])
+    assert prompt.startswith("<|im_start|>system\nYou are brief.<|im_end|>\n")
+    runtime.delete(deployment)
+
+
+def test_the_modelfile_makes_the_same_model_by_hand(
+    runtime: OllamaRuntime, ollama: str, gguf: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    facts = read_facts(gguf)
+    own = go_template(facts)
+    assert own is not None
+    parameters = ModelParameters(("<|im_end|>",), own.system, 0.0, 512, "Apache License\n  Version 2.0")
+    (tmp_path / "Modelfile").write_text(modelfile("model.Q4_1.gguf", parameters))
+    (tmp_path / "model.Q4_1.gguf").symlink_to(gguf)
+    client_of(ollama, "create", "by-hand", "-f", "Modelfile", folder=tmp_path)
+    api = OllamaApi(ollama)
+    assert compare(facts, tokenizer, served_by(api, "by-hand")) is None
+    shown = api.show("by-hand")
+    assert shown["license"] == parameters.licence
+    assert shown["system"] == own.system
+
+    deployment = wanted(gguf, parameters=Parameters(stop=("<|im_end|>",), license=parameters.licence))
+    runtime.deploy(deployment, gguf, lambda _: None)
+    question = [{"role": "user", "content": "Hello."}]
+    assert api.render("by-hand", question) == api.render(deployment.id, question)
+    mine = api.show(deployment.id)
+    for key in ("template", "system", "license"):
+        assert shown[key] == mine[key]
+    assert set(str(shown["parameters"]).splitlines()) == set(str(mine["parameters"]).splitlines())
+    runtime.delete(deployment)
+    api.delete("by-hand")
+
+
+def test_it_answers_through_ollama_s_own_client(runtime: OllamaRuntime, ollama: str, gguf: Path) -> None:
+    deployment = wanted(gguf)
+    runtime.deploy(deployment, gguf, lambda _: None)
+    runtime.promote(deployment)
+    assert "gravity" in client_of(ollama, "run", "demo", "What is gravity?").lower()
+    assert "demo:latest" in client_of(ollama, "list")
+    runtime.withdraw(deployment)
     runtime.delete(deployment)
 
 

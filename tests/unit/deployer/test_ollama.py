@@ -3,11 +3,17 @@ import json
 import httpx
 import pytest
 from unit.deployer.records import record
-from web4lora_chassis.errors import FailedPrecondition, InvalidInput, ResourceExhausted
+from web4lora_chassis.errors import (
+    FailedPrecondition,
+    InvalidInput,
+    ResourceExhausted,
+    Unavailable,
+    Web4Error,
+)
 from web4lora_deployer.deploy import read_parameters
 from web4lora_deployer.deployments import Parameters
 from web4lora_deployer.runtimes.ollama import check_shown, model_parameters
-from web4lora_deployer.runtimes.ollama_api import read_create_stream
+from web4lora_deployer.runtimes.ollama_api import OllamaApi, read_create_stream
 from web4lora_deployer.templates import GoTemplate
 
 SHOWN = {
@@ -77,6 +83,39 @@ def test_what_is_not_as_asked_is_named(parameters: dict[str, object], template: 
     with pytest.raises(FailedPrecondition) as caught:
         check_shown(SHOWN, parameters, template)
     assert caught.value.reason == "MODEL_NOT_AS_ASKED"
+
+
+def test_another_licence_is_named() -> None:
+    shown = {**SHOWN, "license": "Apache-2.0\n"}
+    check_shown(shown, {}, GoTemplate("", ""), "Apache-2.0")
+    with pytest.raises(FailedPrecondition, match="the licence"):
+        check_shown(shown, {}, GoTemplate("", ""), "MIT")
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "kind", "reason"),
+    [
+        (404, "404 page not found", FailedPrecondition, "RUNTIME_TOO_NEW"),
+        (405, "", FailedPrecondition, "RUNTIME_TOO_NEW"),
+        (503, "server busy, please try again", Unavailable, "RUNTIME_BUSY"),
+        (500, "write blob: no space left on device", ResourceExhausted, "DISK_FULL"),
+        (500, "model requires more system memory (9.1 GiB) than is available", ResourceExhausted,
+         "NOT_ENOUGH_MEMORY"),
+        (400, "invalid model name", FailedPrecondition, "RUNTIME_FAILED"),
+    ],
+)  # fmt: skip
+def test_each_way_to_refuse_has_an_error_of_its_own(
+    status: int, said: str, kind: type[Web4Error], reason: str
+) -> None:
+    def handle(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, json={"error": said})
+
+    api = OllamaApi("http://127.0.0.1:1")
+    api._http = httpx.Client(transport=httpx.MockTransport(handle), base_url="http://127.0.0.1:1")
+    with pytest.raises(kind) as caught:
+        api.create({}, lambda _: None)
+    assert caught.value.reason == reason
+    assert caught.value.fix
 
 
 def test_the_packagers_parameters_are_read() -> None:

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 from web4lora_chassis.errors import InvalidInput
 from web4lora_deployer.gguf_file import GgufFacts
-from web4lora_deployer.templates import CONVERSATIONS, Message, compare, go_template, jinja_renderer
+from web4lora_deployer.templates import CONVERSATIONS, go_template, jinja_renderer
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -27,43 +25,6 @@ DEEPSEEK = (
 def facts(template: str, bos: str = "", **values: bool) -> GgufFacts:
     named = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     return GgufFacts("llama", 0, "", 0, template, bos, "", dict(named))
-
-
-def chatml_of_ollama(messages: Sequence[Message]) -> str:
-    turns = "".join(f"<|im_start|>{item['role']}\n{item['content']}<|im_end|>\n" for item in messages)
-    return turns + "<|im_start|>assistant\n"
-
-
-def test_equal_prompts_do_not_differ() -> None:
-    model = facts(CHATML, "<|im_start|>", add_bos_token=False)
-    assert compare(model, jinja_renderer(model)) is None
-
-
-def test_a_default_system_message_that_is_not_served_is_a_difference() -> None:
-    difference = compare(facts(CHATML, "<|im_start|>", add_bos_token=False), chatml_of_ollama)
-    assert difference is not None
-    assert difference.conversation == "one question"
-    assert "<|im_start|>system" in str(difference)
-    assert "<|im_start|>user" in str(difference)
-
-
-def test_a_token_that_the_tokenizer_adds_is_no_difference() -> None:
-    model = facts(DEEPSEEK, "<s>", add_bos_token=True)
-    render = jinja_renderer(model)
-    assert compare(model, lambda messages: render(messages).removeprefix("<s>")) is None
-
-
-def test_a_token_that_nobody_adds_is_a_difference() -> None:
-    model = facts(DEEPSEEK, "<s>", add_bos_token=False)
-    render = jinja_renderer(model)
-    assert compare(model, lambda messages: render(messages).removeprefix("<s>")) is not None
-
-
-def test_a_conversation_that_the_model_refuses_is_not_compared() -> None:
-    model = facts("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}x")
-    assert compare(model, lambda _: "x") is None
-    with pytest.raises(InvalidInput, match="no"):
-        jinja_renderer(model)([{"role": "system", "content": ""}])
 
 
 @pytest.mark.parametrize(

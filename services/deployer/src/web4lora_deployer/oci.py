@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,6 +67,13 @@ class OciModel:
     manifest: bytes
     config: Blob
     layers: tuple[Blob, ...]
+
+    @property
+    def described(self) -> Mapping[str, Any]:
+        """What its config says of it: format, quantization, context_size and so on."""
+        assert isinstance(self.config.source, bytes)
+        described: Mapping[str, Any] = json.loads(self.config.source)["config"]
+        return described
 
     @property
     def digest(self) -> str:

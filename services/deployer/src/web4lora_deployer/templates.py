@@ -1,4 +1,4 @@
-"""Chat templates: what training rendered, whether a runtime renders the same, and a Go template that would.
+"""Chat templates: what training rendered, and a Go template that renders the same.
 
 A model only answers as trained when the served prompt is the trained prompt, to the sign. Runtimes that take
 the GGUF's own Jinja template are safe; Ollama swaps it for one of its own that looks alike.
@@ -34,25 +34,6 @@ CONVERSATIONS: dict[str, tuple[Message, ...]] = {
     "a system message and three turns": (_RULE, _ASK, _ANSWER, _AGAIN, _ANSWER, _ASK),
 }
 """What is rendered to compare two templates."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where a runtime's prompt differs from training's."""
-
-    conversation: str
-    trained: str
-    served: str
-
-    def __str__(self) -> str:
-        """Show both from a little before the first sign that differs."""
-        pairs = zip(self.trained, self.served, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.trained), len(self.served)))
-        start = max(0, at - 20)
-        shown = [
-            json.dumps(text[start : at + 40], ensure_ascii=False) for text in (self.trained, self.served)
-        ]
-        return f"with {self.conversation}, from sign {start}: trained {shown[0]}, served {shown[1]}"
 
 
 @dataclass(frozen=True)
@@ -103,34 +84,11 @@ def jinja_renderer(facts: GgufFacts) -> Render:
     return render
 
 
-def compare(facts: GgufFacts, served: Render) -> Difference | None:
-    """Compare a runtime's prompts with training's; None when all are equal.
-
-    A beginning-of-sequence token that the runtime leaves to its tokenizer is no difference. A conversation
-    that the model's own template refuses is left out.
-
-    Args:
-        facts: The model's.
-        served: Renders as the runtime does.
-    """
-    trained = jinja_renderer(facts)
-    bos = _added_bos(facts)
-    for name, messages in CONVERSATIONS.items():
-        try:
-            wanted = trained(messages)
-        except InvalidInput:
-            continue
-        got = served(messages)
-        if wanted.removeprefix(bos) != got.removeprefix(bos):
-            return Difference(name, wanted, got)
-    return None
-
-
 def go_template(facts: GgufFacts) -> GoTemplate | None:
     """Derive a Go template from how a model's Jinja puts messages in a row; None when it does more than that.
 
     Every message is taken to be its text between two fixed strings, which may depend on the one before.
-    Whether that is so, `compare` tells.
+    Whether that is so, `template_gate.compare` tells.
     """
     render = jinja_renderer(facts)
     system, ask, answer, again = ("SYSTEM-TEXT", "FIRST-TEXT", "ANSWER-TEXT", "SECOND-TEXT")

@@ -9,15 +9,19 @@ from threading import Thread
 from typing import Any
 
 import httpx
+import psutil
+import web4lora_llamacpp
 from web4lora_chassis.errors import DataLoss, FailedPrecondition, NotFound, Unavailable, Web4Error
 from web4lora_chassis.jobs import Progress
 
 from web4lora_deployer.deployments import Deployment
-from web4lora_deployer.gguf_file import read_facts
+from web4lora_deployer.gguf_file import GgufFacts, read_facts
 from web4lora_deployer.oci import OciModel, build, tar_chunks, tar_size_bytes
 from web4lora_deployer.runtimes.base import Deployed, Health, Report, RuntimeStatus, State
-from web4lora_deployer.runtimes.http import PROBE_SECONDS, client, reaching, refused
+from web4lora_deployer.runtimes.http import PROBE_SECONDS, client, prompt_tokens, reaching, refused
+from web4lora_deployer.runtimes.tokens import tokenizer_log, tokenizer_of
 from web4lora_deployer.settings import DeployerSettings
+from web4lora_deployer.template_gate import Served, require_same_prompts
 
 TARGET = "docker"
 WHAT = "Docker Model Runner"
@@ -43,6 +47,9 @@ class DockerModelRunnerRuntime:
         given = settings.docker_model_runner
         self._addresses = (given,) if given else USUAL_ADDRESSES
         self._found = ""
+        self._servers: dict[str, psutil.Process] = {}
+        self._cache = settings.cache
+        self._home = settings.deployer_home
 
     def probe(self) -> RuntimeStatus:
         """Try its addresses; the first one that answers as Model Runner does is used from then on."""
@@ -58,14 +65,17 @@ class DockerModelRunnerRuntime:
     def deploy(self, deployment: Deployment, file: Path, report: Report) -> Deployed:
         """Bring the model in unless it is there, tag it, bound its context, and look at the result."""
         version = self._version()
-        model = build(deployment, file, read_facts(file))
+        facts = read_facts(file)
+        model = build(deployment, file, facts)
         if self._inspect(model.digest) is None:
             self._load(model, deployment, report)
         report(Progress(phase="tag", message=deployment.id))
         self._tag(model.digest, deployment.id)
         self._configure(deployment)
         check_shown(self._inspect(deployment.id), model, deployment)
-        return Deployed(f"{self._address()}/engines/v1", deployment.id, version)
+        deployed = Deployed(f"{self._address()}/engines/v1", deployment.id, version)
+        self._compare_prompts(deployed, facts, file, report)
+        return deployed
 
     def promote(self, deployment: Deployment) -> None:
         """Move the name's tag `latest` to the candidate."""
@@ -87,14 +97,29 @@ class DockerModelRunnerRuntime:
         try:
             shown = self._inspect(deployment.id)
         except Web4Error as error:
-            return Health(State.FAILED, error.message, deployed)
+            broken = isinstance(error, FailedPrecondition)  # it is there, and can't even show the model
+            return Health(State.FAILED, error.message, deployed, broken)
         if shown is None:
             return Health(State.FAILED, f"{WHAT} no longer has it; deploy it again", deployed, broken=True)
         return Health(State.SERVING if deployment.loaded else State.STOPPED, "", deployed)
 
-    def memory_bytes(self, _deployment: Deployment) -> int:
-        """Return 0: Model Runner does not tell."""
-        return 0
+    def memory_bytes(self, deployment: Deployment) -> int:
+        """Return the resident memory of the process that it runs for the model, when it is on this machine.
+
+        Model Runner itself does not tell. The process has the model's digest in its arguments.
+        """
+        process = self._servers.get(deployment.id)
+        if process is None or not process.is_running():
+            shown = self._inspect(deployment.id) or {}
+            process = _process_of(str(shown.get("id", "")).removeprefix("sha256:"))
+        if process is None:
+            self._servers.pop(deployment.id, None)
+            return 0
+        self._servers[deployment.id] = process
+        try:
+            return int(process.memory_info().rss)
+        except psutil.Error:  # it ended just now, or is another user's
+            return 0
 
     def unload(self, deployment: Deployment) -> None:
         """Free its memory until the next request."""
@@ -108,6 +133,17 @@ class DockerModelRunnerRuntime:
     def delete(self, deployment: Deployment) -> None:
         """Remove the candidate's tag; the bytes go with the last one."""
         self._delete(deployment.id)
+
+    def _compare_prompts(self, deployed: Deployed, facts: GgufFacts, file: Path, report: Report) -> None:
+        """See that the model is given as many tokens as in training: Model Runner tells no more."""
+
+        def count(messages: Sequence[Mapping[str, str]]) -> int:
+            return prompt_tokens(WHAT, deployed.endpoint, deployed.model, messages, _LOAD_SECONDS)
+
+        llama = web4lora_llamacpp.ensure_built(self._cache, report)
+        report(Progress(phase="compare templates", message="by their number of tokens"))
+        with tokenizer_of(llama, file, tokenizer_log(self._home, deployed.model)) as tokenizer:
+            require_same_prompts(deployed.model, facts, tokenizer, Served(count))
 
     def _address(self) -> str:
         """Return the address that works.
@@ -218,7 +254,7 @@ def check_shown(shown: Mapping[str, Any] | None, model: OciModel, deployment: De
     config = shown.get("config") or {}
     wanted = {
         "id": (model.digest, shown.get("id")),
-        "context_size": (deployment.context_tokens, config.get("context_size")),
+        **{name: (asked, config.get(name)) for name, asked in model.described.items() if asked},
         "tag": (True, normalise(deployment.id) in [normalise(str(tag)) for tag in shown.get("tags") or []]),
     }
     for name, (asked, found) in wanted.items():
@@ -239,6 +275,15 @@ def normalise(reference: str) -> str:
     if not any(sign in parts[0] for sign in ".:") and parts[0] != "localhost":
         parts = ["docker.io", *parts]
     return f"{'/'.join(parts)}:{tag or 'latest'}"
+
+
+def _process_of(digest: str) -> psutil.Process | None:
+    """Return the process on this machine that serves a model; None when there is none that we may see."""
+    for process in psutil.process_iter(["cmdline"]) if digest else ():
+        words = process.info["cmdline"] or []
+        if "--model" in words and any(f"/{digest}/" in word for word in words):
+            return process
+    return None
 
 
 def _look_all(addresses: Sequence[str]) -> dict[str, str]:

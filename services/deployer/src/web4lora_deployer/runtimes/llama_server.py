@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import httpx
 import psutil
 import web4lora_llamacpp
 from web4lora_chassis.errors import FailedPrecondition, ResourceExhausted, Unavailable
@@ -23,13 +24,17 @@ from web4lora_deployer.deployments import Deployment, Deployments
 from web4lora_deployer.gguf_file import read_facts
 from web4lora_deployer.names import file_name
 from web4lora_deployer.runtimes.base import Deployed, Health, Report, RuntimeStatus, State
+from web4lora_deployer.runtimes.http import client, prompt_tokens, reaching, refused
+from web4lora_deployer.runtimes.tokens import Tokenizer
 from web4lora_deployer.settings import DeployerSettings
+from web4lora_deployer.template_gate import Served, require_same_prompts
 
 TARGET = "llama-server"
 T = TypeVar("T")
 _POLL_SECONDS = 0.1
 _READY_SECONDS = 900.0
 _STOP_SECONDS = 20.0
+_ANSWER_SECONDS = 300.0
 _OVERHEAD_BYTES = 300 << 20
 _MANY_CRASHES = 5  # some 8 s of pauses between them: whatever passes by itself has passed
 
@@ -144,6 +149,8 @@ class LlamaServerRuntime:
                 f"llama-server did not serve {deployment.id} within {time.monotonic() - started:.0f} s.",
                 fix="Is the deployer still running? A smaller context_tokens loads faster.",
             )
+        report(Progress(phase="compare templates", message="token by token with training's"))
+        require_same_prompts(deployment.id, read_facts(file), Tokenizer(_base(deployed)), _served(deployed))
         return deployed
 
     def promote(self, deployment: Deployment) -> None:
@@ -188,6 +195,26 @@ class LlamaServerRuntime:
 
         if not _wait(stopped, _STOP_SECONDS):
             raise Unavailable(f"llama-server of {deployment.id} has not stopped yet.", fix="Try again.")
+
+
+def _base(deployed: Deployed) -> str:
+    return deployed.endpoint.removesuffix("/v1")
+
+
+def _served(deployed: Deployed) -> Served:
+    """Return how a llama-server tells of its prompts."""
+
+    def count(messages: Sequence[Mapping[str, str]]) -> int:
+        return prompt_tokens(TARGET, deployed.endpoint, deployed.model, messages, _ANSWER_SECONDS)
+
+    def render(messages: Sequence[Mapping[str, str]]) -> str:
+        with reaching(TARGET, deployed.endpoint), client(_base(deployed), _ANSWER_SECONDS) as http:
+            answer = http.post("/apply-template", json={"messages": list(messages)})
+        if answer.status_code != httpx.codes.OK:
+            raise refused(TARGET, "render a prompt", answer.status_code, answer.text)
+        return str(answer.json()["prompt"])
+
+    return Served(count, render)
 
 
 def process_of(status: ServerStatus) -> psutil.Process | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import web4lora_llamacpp
 from web4lora_chassis.errors import FailedPrecondition, NotFound, Unavailable, Web4Error
 from web4lora_chassis.jobs import Progress
 
@@ -14,8 +15,10 @@ from web4lora_deployer.deployments import Deployment
 from web4lora_deployer.gguf_file import GgufFacts, read_facts
 from web4lora_deployer.runtimes.base import Deployed, Health, Report, RuntimeStatus, State
 from web4lora_deployer.runtimes.ollama_api import OllamaApi
+from web4lora_deployer.runtimes.tokens import tokenizer_log, tokenizer_of
 from web4lora_deployer.settings import DeployerSettings
-from web4lora_deployer.templates import Difference, GoTemplate, compare, go_template
+from web4lora_deployer.template_gate import DIFFERS, Served, compare
+from web4lora_deployer.templates import GoTemplate, go_template
 
 TARGET = "ollama"
 _OLDEST = (0, 31, 2)
@@ -30,6 +33,8 @@ class OllamaRuntime:
 
     def __init__(self, settings: DeployerSettings) -> None:
         self._api = OllamaApi(settings.ollama)
+        self._cache = settings.cache
+        self._home = settings.deployer_home
 
     def probe(self) -> RuntimeStatus:
         """Ask for its version, and say whether that can take a quantized GGUF."""
@@ -61,21 +66,12 @@ class OllamaRuntime:
         status = self.probe()
         if not status.usable:
             raise FailedPrecondition(status.detail, reason="RUNTIME_NOT_USABLE")
-        facts = read_facts(file)
         self._upload(deployment, file, report)
-        own = go_template(facts) if facts.chat_template else None
-        system = deployment.parameters.system or (own.system if own else "")
-        self._create(deployment, GoTemplate("", system), report)
-        difference = self._difference(deployment, facts, report)
-        if difference is not None and own is not None:
-            self._create(deployment, GoTemplate(own.text, system), report)
-            difference = self._difference(deployment, facts, report)
-        if difference is not None:
-            raise FailedPrecondition(
-                f"Ollama would not serve {deployment.id} the prompts it was trained on: {difference}",
-                fix="Deploy it to llama-server or Docker Model Runner, which use the model's own template.",
-                reason="TEMPLATE_DIFFERS",
-            )
+        facts = read_facts(file)
+        if facts.chat_template:
+            self._create_as_trained(deployment, facts, file, report)
+        else:
+            self._create(deployment, GoTemplate("", deployment.parameters.system), report)
         return Deployed(self._api.endpoint, deployment.id, status.version)
 
     def promote(self, deployment: Deployment) -> None:
@@ -96,7 +92,8 @@ class OllamaRuntime:
         except NotFound:
             return Health(State.FAILED, "Ollama no longer has it; deploy it again", deployed, broken=True)
         except Web4Error as error:
-            return Health(State.FAILED, error.message, deployed)
+            broken = isinstance(error, FailedPrecondition)  # it is there, and can't even show the model
+            return Health(State.FAILED, error.message, deployed, broken)
         return Health(State.SERVING if deployment.loaded else State.STOPPED, "", deployed)
 
     def memory_bytes(self, deployment: Deployment) -> int:
@@ -144,14 +141,36 @@ class OllamaRuntime:
         }  # fmt: skip
         body.update({key: value for key, value in optional.items() if value})
         self._api.create(body, lambda said: report(Progress(phase="create", message=said)))
-        check_shown(self._api.show(deployment.id), parameters, template)
+        check_shown(self._api.show(deployment.id), parameters, template, deployment.parameters.license)
 
-    def _difference(self, deployment: Deployment, facts: GgufFacts, report: Report) -> Difference | None:
-        """Compare what Ollama renders with what training did; None for a model without a template."""
-        if not facts.chat_template:
-            return None
-        report(Progress(phase="compare templates"))
-        return compare(facts, lambda messages: self._api.render(deployment.id, messages))
+    def _create_as_trained(
+        self, deployment: Deployment, facts: GgufFacts, file: Path, report: Report
+    ) -> None:
+        """Create the model so that its prompts are training's: by Ollama's template, else a derived one.
+
+        Raises:
+            FailedPrecondition: They differ with both.
+        """
+        own = go_template(facts)
+        system = deployment.parameters.system or (own.system if own else "")
+        served = Served(
+            count=lambda messages: self._api.prompt_tokens(deployment.id, messages),
+            render=lambda messages: self._api.render(deployment.id, messages),
+            system=system,
+        )
+        llama = web4lora_llamacpp.ensure_built(self._cache, report)
+        with tokenizer_of(llama, file, tokenizer_log(self._home, deployment.id)) as tokenizer:
+            for text in ("", own.text) if own else ("",):
+                self._create(deployment, GoTemplate(text, system), report)
+                report(Progress(phase="compare templates", message="token by token with training's"))
+                difference = compare(facts, tokenizer, served)
+                if difference is None:
+                    return
+        raise FailedPrecondition(
+            f"Ollama would not serve {deployment.id} the prompts it was trained on: {difference}",
+            fix="Deploy it to llama-server or Docker Model Runner, which use the model's own template.",
+            reason=DIFFERS,
+        )
 
 
 def model_parameters(deployment: Deployment) -> dict[str, Any]:
@@ -165,7 +184,9 @@ def model_parameters(deployment: Deployment) -> dict[str, Any]:
     return parameters
 
 
-def check_shown(shown: Mapping[str, Any], parameters: Mapping[str, Any], template: GoTemplate) -> None:
+def check_shown(
+    shown: Mapping[str, Any], parameters: Mapping[str, Any], template: GoTemplate, licence: str = ""
+) -> None:
     """Compare what Ollama shows of a model with what was asked.
 
     Raises:
@@ -174,6 +195,7 @@ def check_shown(shown: Mapping[str, Any], parameters: Mapping[str, Any], templat
     wanted = {f"{key} {value!r}": _has(shown, key, value) for key, value in parameters.items()}
     wanted["the system message"] = not template.system or shown.get("system") == template.system
     wanted["the template"] = not template.text or shown.get("template") == template.text
+    wanted["the licence"] = not licence or str(shown.get("license", "")).strip() == licence.strip()
     missing = [name for name, found in wanted.items() if not found]
     if missing:
         raise FailedPrecondition(

@@ -139,6 +139,17 @@ class OllamaApi:
                 reason="RENDER_NOT_SHOWN",
             ) from error
 
+    def prompt_tokens(self, model: str, messages: Sequence[Mapping[str, str]]) -> int:
+        """Return how many tokens a conversation is for the model; it answers with one."""
+        body = {
+            "model": model,
+            "messages": list(messages),
+            "stream": False,
+            "options": {"num_predict": 1, "temperature": 0},
+        }
+        answer = self._json("answer", "/api/chat", body, _LOAD_SECONDS)
+        return int(answer.get("prompt_eval_count", 0))
+
     def loaded(self) -> Sequence[Mapping[str, Any]]:
         """Return the models in memory."""
         with reaching(WHAT, self.address):
