@@ -178,3 +178,23 @@ def test_artifacts_must_be_there_and_hold_what_is_needed(tmp_path: Path):
         check_artifacts(store, read("train/a.jsonl", "prompts.jsonl"))
     with pytest.raises(NotFound):
         check_artifacts(store, Pipeline.from_json(check_pipeline(pipeline())))
+
+
+def test_a_model_is_promoted_once_it_passed_unless_the_file_says_otherwise():
+    given = pipeline()
+    assert Pipeline.from_json(check_pipeline(given)).deploy.promote == "passed"
+    given.deploy.promote = "never"
+    assert Pipeline.from_json(check_pipeline(given)).deploy.promote == "never"
+    given.deploy.promote = "sometimes"
+    with pytest.raises(InvalidInput, match="passed, always, never") as raised:
+        check_pipeline(given)
+    assert raised.value.metadata["field"] == "deploy.promote"
+
+
+def test_a_pipeline_needs_no_suite_but_one_that_is_named_must_be_stored():
+    given = pipeline()
+    given.verify.ClearField("suite")
+    assert Pipeline.from_json(check_pipeline(given)).suite is None
+    given.verify.suite_file = "suite.yaml"
+    with pytest.raises(InvalidInput, match="no stored suite is named"):
+        check_pipeline(given)

@@ -95,3 +95,11 @@ def test_the_base_is_converted_and_tested_only_when_that_is_asked_for():
     deployed = {"deployment": {"id": "demo:v2"}}
     assert BY_NAME["verify"].spec(inputs(package=made, deploy=deployed)).base_gguf.digest == "5" * 64
     assert not BY_NAME["verify"].spec(inputs(package=PACKAGE, deploy=deployed)).HasField("base_gguf")
+
+
+def test_what_is_deployed_and_how_it_is_tested_do_not_depend_on_who_is_promoted():
+    given = inputs(package=PACKAGE, deploy={"deployment": {"id": "demo:v2", "promoted": True}})
+    assert not BY_NAME["deploy"].spec(given).deploy.HasField("promote")
+    stage = BY_NAME["verify"]
+    other = inputs(package=PACKAGE, deploy={"deployment": {"id": "demo:v2"}})
+    assert stage.identity(given, stage.spec(given)) == stage.identity(other, stage.spec(other))
