@@ -102,18 +102,23 @@ class GoProgram:
 CATALOGUE: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        GoProgram("grpcurl", "github.com/fullstorydev/grpcurl/cmd/grpcurl"),
-        GoProgram("minio", "github.com/minio/minio"),
         GoProgram(
-            "modelrunner",
-            "github.com/docker/model-runner",
+            "dmr",
+            "github.com/docker/model-runner/cmd/dmr",
             variables=(("main.Version", "{version}"),),
         ),
+        GoProgram("grpcurl", "github.com/fullstorydev/grpcurl/cmd/grpcurl"),
+        GoProgram("minio", "github.com/minio/minio"),
         GoProgram(
             "ollama",
             "github.com/ollama/ollama",
             variables=(("github.com/ollama/ollama/version.Version", "{version}"),),
             cgo=True,
+        ),
+        GoProgram(
+            "registry",
+            "github.com/distribution/distribution/v3/cmd/registry",
+            variables=(("github.com/distribution/distribution/v3/version.version", "v{version}"),),
         ),
         GoProgram("toxiproxy", "github.com/Shopify/toxiproxy/v2/cmd/server"),
     )
