@@ -146,6 +146,7 @@ def evaluate(
         budgets=request.budgets,
         previous=last_report(store, request.name, work_dir),
         speed_limit=bench.limit(file, measured[0]),
+        with_diagram=False,
         comparisons=comparisons,
     )
     report(Progress(phase="report"))

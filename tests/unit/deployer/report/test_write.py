@@ -96,6 +96,8 @@ def test_a_passed_test_without_reference_run_or_limits(facts: ReportFacts) -> No
     bare = replace(facts, reference=None, run={}, budgets=Budgets())
     text = log(bare)
     assert text.startswith("# ✅ web4-demo: measured, with no limits to keep\n")
+    assert "drawio_diagram.png" in text
+    assert "drawio_diagram.png" not in log(replace(bare, with_diagram=False))
     assert "None were set." in text
     assert "16 bit |" not in text
 
@@ -151,7 +153,7 @@ def test_each_prompt_that_differs_is_named_with_its_reason(facts: ReportFacts) -
     why = 'at token 3 "a" | "b": nearly as likely'
     difference = Difference(facts.suite.prompts[3].id, "tool", "rounding", why, "a", "```b")
     text = log(compared(facts, True, difference))
-    assert "99 of 100 answers are the same, 1 differ (1 a near tie, decided by rounding)" in text
+    assert "99 of 100 answers are the same, 1 differs (1 × a near tie, decided by rounding)" in text
     assert f"| {facts.suite.prompts[3].id} | tool | at token 3" in text
     assert "````text\n```b\n````" in text
     assert "prompts that other passed" in text

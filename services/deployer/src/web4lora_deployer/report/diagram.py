@@ -29,6 +29,7 @@ _INPUT, _TRAIN, _PACKAGE, _DEPLOY = "#475569", "#c2410c", "#6d28d9", "#0f766e"
 _PASSED, _FAILED = "#15803d", "#b91c1c"
 
 Rows = list[tuple[str, str | None]]
+DIAGRAM = "drawio_diagram.png"
 
 
 def write_diagram(path: Path, facts: ReportFacts, summary: VerifySummary) -> None:

@@ -138,6 +138,7 @@ class ReportFacts:
         previous: eval.json of the last time.
         measured_at: When; now when absent.
         speed_limit: What llama-bench reaches on the deployed model's file; None when it was not measured.
+        with_diagram: Whether the pipeline is drawn; a model that no run made has none.
         comparisons: Answers compared one by one with those of other models; the first one is `reference`.
     """
 
@@ -151,6 +152,7 @@ class ReportFacts:
     previous: Mapping[str, Any] | None = None
     measured_at: datetime | None = None
     speed_limit: SpeedLimit | None = None
+    with_diagram: bool = True
     comparisons: tuple[Comparison, ...] = ()
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 from web4lora_deployer.report import words
 from web4lora_deployer.report.changes import changes
+from web4lora_deployer.report.diagram import DIAGRAM
 from web4lora_deployer.report.eval_json import versions
 from web4lora_deployer.report.facts import Measured, ReportFacts, VerifySummary, fact
 from web4lora_deployer.report.marks import code as _code
@@ -149,7 +150,7 @@ def _all_answers(facts: ReportFacts, summary: VerifySummary) -> str:
             failed = next((check.reason for check in checks if not check.passed), "")
             passed = sum(check.passed for check in checks)
             rows.append([title, f"{passed} of {len(checks)}", _plain(failed)])
-    return f"{text}\n\n{table(['odd prompts', 'passed', 'first failure'], rows)}" if rows else text
+    return f"{text}\n\n{table(['odd prompts', 'passed', 'first failure'], rows, left=3)}" if rows else text
 
 
 def _stability(facts: ReportFacts) -> str:
@@ -207,7 +208,7 @@ def _gates(gates: Sequence[Gate]) -> str:
         [gate.name, gate.limit, gate.measured, "✅" if gate.passed else "❌", _plain(gate.note)]
         for gate in gates
     ]
-    text = "## Limits\n\n" + table(["limit", "wanted", "measured", "", "note"], rows, left=3)
+    text = "## Limits\n\n" + table(["limit", "wanted", "measured", "", "note"], rows, left=5)
     if any(not gate.settled for gate in gates):
         text += "\n\n\\* Too close to the limit for so few prompts: the interval reaches to both sides of it."
     return text
@@ -285,10 +286,8 @@ def _method(facts: ReportFacts, measured_at: datetime) -> str:
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
         f"Measured {measured_at:%Y-%m-%d %H:%M} {measured_at:%Z}".rstrip() + f".{_run_line(facts.run)}",
     ]
-    picture = "![The pipeline with this run's figures](drawio_diagram.png)"
-    return (
-        "## How it was measured\n\n" + models + "\n\n" + "\n\n".join(filter(None, lines)) + f"\n\n{picture}"
-    )
+    lines.append(f"![The pipeline with this run's figures]({DIAGRAM})" if facts.with_diagram else "")
+    return "## How it was measured\n\n" + models + "\n\n" + "\n\n".join(filter(None, lines))
 
 
 def _model_cells(measured: Measured) -> list[str]:
