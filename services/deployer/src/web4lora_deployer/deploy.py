@@ -243,9 +243,8 @@ def _in_place_of(before: Deployment, wanted: Deployment, runtime: Runtime) -> De
     What is the same already is left as it is, so that nothing is started anew, unless it has failed.
     """
     if _same(before, wanted):
-        generation = before.generation
-        if before.loaded and runtime.health(before).state is State.FAILED:
-            generation = wanted.generation
+        serves = before.loaded and runtime.health(before).state is not State.FAILED
+        generation = before.generation if serves else wanted.generation
         return replace(before, gguf=wanted.gguf, loaded=True, generation=generation)
     others = dict.fromkeys((*before.leaving, before.target))
     return replace(wanted, leaving=tuple(target for target in others if target != wanted.target))

@@ -59,7 +59,7 @@ class Deployment:
         parameters: How the model wants to be used.
         context_tokens: Context length of one request.
         parallel: Requests answered at once, where the runtime lets us choose.
-        generation: Changes when it is deployed with other settings; tells an old status from a new one.
+        generation: Changes when it has to be started anew; tells an old status from a new one.
         loaded: False for one that is kept for a rollback and takes no memory meanwhile.
         endpoint: Where it answered when it was deployed.
         model: Its name in requests.

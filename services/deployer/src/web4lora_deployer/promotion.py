@@ -9,6 +9,7 @@ finishes what was left. One name is changed by one caller at a time, in whatever
 from __future__ import annotations
 
 import logging
+import secrets
 from dataclasses import replace
 
 from web4lora_chassis.errors import FailedPrecondition, NotFound, Web4Error
@@ -183,6 +184,8 @@ def _bring_up(record: Deployment, deployments: Deployments, settings: DeployerSe
     """See that a deployment is loaded and answers; what is loaded for that and does not answer is let go."""
     runtime = open_runtime(record.target, settings)
     wanted = replace(record, loaded=True)
+    if not record.loaded:  # its status may be from before it was unloaded
+        wanted = replace(wanted, generation=secrets.token_hex(8))
     try:
         health = runtime.health(wanted)
         if health.state is State.SERVING and health.deployed is not None:
