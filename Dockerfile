@@ -108,7 +108,7 @@ HEALTHCHECK --interval=15s --timeout=20s --start-period=90s --retries=3 \
     CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8461"]
 CMD ["python", "-m", "web4lora_gateway"]
 
-# Without fonttools, 24 MB that matplotlib needs for PDF and PostScript alone: the reports' pictures are PNG.
+# Without most of fontTools, which matplotlib needs for PDF and PostScript alone: the reports' pictures are PNG.
 FROM build AS deployer-build
 COPY libs/llamacpp/pyproject.toml libs/llamacpp/
 COPY services/deployer/pyproject.toml services/deployer/
@@ -120,7 +120,7 @@ COPY services/deployer services/deployer
 COPY docker/seal docker/
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
     docker/pip-install --ours proto libs/chassis libs/llamacpp services/deployer \
- && python -m pip uninstall --quiet --yes fonttools \
+ && find /opt/web4lora/lib/python3*/site-packages/fontTools -mindepth 1 -maxdepth 1 -type d ! -name misc -exec rm -rf {} + \
  && docker/seal web4lora_deployer.__main__ web4lora_deployer.worker matplotlib.figure \
  && find /opt/web4lora -name __pycache__ -prune -exec rm -rf {} +
 
