@@ -109,6 +109,15 @@ def test_what_is_wished_for_is_served(deployments: Deployments, status: StatusFi
 
 
 @pytest.mark.usefixtures("supervisor")
+def test_requests_that_name_no_temperature_get_the_models(
+    deployments: Deployments, status: StatusFiles
+) -> None:
+    found = until(status, wish(deployments), is_serving)
+    words = psutil.Process(found.pid).cmdline()
+    assert words[words.index("--temp") + 1] == "0"
+
+
+@pytest.mark.usefixtures("supervisor")
 def test_a_server_that_dies_comes_back_on_its_port(deployments: Deployments, status: StatusFiles) -> None:
     wanted = wish(deployments)
     before = until(status, wanted, is_serving)

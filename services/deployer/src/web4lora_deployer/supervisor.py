@@ -235,6 +235,8 @@ class _Keeper:
             parallel=self._record.parallel,
             log_file=self._log,
             alias=self._record.model,
+            # Of requests that name none; llama-server's own default would be 0.8.
+            options=("--temp", f"{self._record.parameters.temperature:g}"),
         )
         with server:
             self._loading = server
