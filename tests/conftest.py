@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -18,6 +19,11 @@ from servers.llama_cpp import llama_cpp
 
 __all__ = ["bucket", "llama_cpp", "minio", "minio_proxy", "toxiproxy"]
 
+
+# Some tests run three llama-servers. OpenMP's threads would spin while they wait for each other, and where
+# there are fewer cores than that one token would take seconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 # Shells start background jobs with Ctrl-C ignored, and every child would inherit that: the tests need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

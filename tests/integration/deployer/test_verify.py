@@ -71,3 +71,29 @@ def test_verify_measures_both_models_and_stores_the_report(
     assert json.loads((tmp_path / "report" / "eval.json").read_text())
     assert b"PNG" in (tmp_path / "report" / "drawio_diagram.png").read_bytes()[:8]
     assert "gravity" in ask(stack.get("demo"))
+    assert "What changed" not in (tmp_path / "report" / "eval_log.md").read_text()
+
+
+def test_the_next_version_is_compared_with_the_one_that_served_before(
+    stack: Stack, gguf: Path, suite: ArtifactRef, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed.gguf"
+    changed.write_bytes(gguf.read_bytes() + b"\0")
+    logs = []
+    for number, file in enumerate((gguf, changed)):
+        deployment = deployed(stack.deploy(stack.put(file)))
+        spec = deployer_pb2.VerifySpec(
+            name="demo", deployment=deployment.id,
+            verify=deployer_pb2.VerifySettings(suite=ref_message(suite)),
+        )  # fmt: skip
+        request = deployer_pb2.CreateDeployerJobRequest(request_id=f"verify-{number}", verify=spec)
+        job = stack.finish(stack.api.CreateDeployerJob(request).job.job.id)
+        assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
+        assert job.verify_result.prompts == 3
+        stack.store.get(ref_of(job.verify_result.report), tmp_path / f"report-{number}")
+        logs.append((tmp_path / f"report-{number}" / "eval_log.md").read_text())
+        stack.api.PromoteDeployment(deployer_pb2.PromoteDeploymentRequest(id=deployment.id))
+        if number == 0:
+            first = deployment.id
+    assert "What changed" not in logs[0]
+    assert f"Against {first}, measured" in logs[1]
