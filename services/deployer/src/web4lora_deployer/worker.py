@@ -128,5 +128,5 @@ def _parameters(message: deployer_pb2.ModelParameters) -> dict[str, Any]:
 HANDLERS = {"deploy": run_deploy, "verify": run_verify, "evaluate": run_evaluate, "push": run_push}
 
 if __name__ == "__main__":
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, which may hold a key to an upload
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # addresses may hold a key to an upload
     sys.exit(worker_main(HANDLERS))
