@@ -74,7 +74,8 @@ class DockerModelRunnerRuntime:
         self._configure(deployment)
         check_shown(self._inspect(deployment.id), model, deployment)
         deployed = Deployed(f"{self._address()}/engines/v1", deployment.id, version)
-        self._compare_prompts(deployed, facts, file, report)
+        if facts.chat_template:
+            self._compare_prompts(deployed, facts, file, report)
         return deployed
 
     def promote(self, deployment: Deployment) -> None:
