@@ -38,7 +38,7 @@ def suite(tmp_path: Path, stack: Stack) -> ArtifactRef:
     return stack.store.put("suite", "small", files, link=False)
 
 
-def test_verify_measures_both_models_and_stores_the_report(
+def test_verify_measures_all_models_and_stores_the_report(
     stack: Stack, gguf: Path, suite: ArtifactRef, tmp_path: Path
 ) -> None:
     ref = stack.put(gguf)
@@ -47,6 +47,7 @@ def test_verify_measures_both_models_and_stores_the_report(
         name="demo",
         deployment=deployment.id,
         reference=ref_message(ref),
+        base_gguf=ref_message(ref),
         verify=deployer_pb2.VerifySettings(
             suite=ref_message(suite),
             budgets=deployer_pb2.Budgets(max_memory_bytes=1, min_score_percent={"guardrail.helps": 50}),
@@ -60,6 +61,7 @@ def test_verify_measures_both_models_and_stores_the_report(
     assert scores["guardrail.helps"].prompts == 3
     assert scores["guardrail.helps"].deployed_percent == 100
     assert scores["guardrail.helps"].reference_percent == 100
+    assert scores["guardrail.helps"].base_percent == 100
     assert scores["guardrail.helps"].drop_points == 0
     assert result.memory_bytes > 50_000_000
     assert result.tokens_per_second > 0
