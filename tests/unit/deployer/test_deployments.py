@@ -76,10 +76,12 @@ def test_going_back_leaves_no_way_to_what_failed_and_says_why(deployments: Deplo
     assert (name.current[-1], name.previous[0][-1], name.rolled_back[0][-1]) == ("b", "a", "c")
     assert deployments.name("demo") == name
     assert name.note == "it crashed"
+    assert deployments.promote(record("d")).rolled_back == ()  # what failed is kept until then alone
+    deployments.go_back(record("b"), "")
     name = deployments.promote(record("c"))
     assert ([item[-1] for item in name.previous], name.rolled_back, name.note) == (["b", "a"], (), "")
     with pytest.raises(NotFound):
-        deployments.go_back(record("d"), "")
+        deployments.go_back(record("e"), "")
 
 
 def test_a_name_written_before_there_were_notes_is_read(deployments: Deployments, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ class Name:
         name: The name.
         current: The candidate that serves under it.
         previous: Those that served before, newest first: the way back.
-        rolled_back: Those that were rolled back from, which is no way back.
+        rolled_back: Those that were rolled back from: no way back, and kept until the next promotion.
         note: How the current one came to serve, where people should know; else empty.
     """
 
@@ -241,8 +241,7 @@ class Deployments:
         if before is None:
             name = Name(record.name, record.id)
         else:
-            rest = before.without(record.id)
-            name = Name(record.name, record.id, (before.current, *rest.previous), rest.rolled_back)
+            name = Name(record.name, record.id, (before.current, *before.without(record.id).previous))
         self._save_name(name)
         return name
 

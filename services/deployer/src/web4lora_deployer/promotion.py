@@ -215,13 +215,12 @@ def _settle(name: Name, deployments: Deployments, settings: DeployerSettings) ->
     for record in deployments.list():
         if record.name != name.name or record.id == current.id:
             continue
-        superseded = record.id in name.previous or record.created_at < current.created_at
         try:
             if record.target != current.target:
                 open_runtime(record.target, settings).withdraw(record)
-            if record.id in kept or (record.id in name.rolled_back and not superseded):
+            if record.id in (*kept, *name.rolled_back):
                 _unload(record, deployments, settings)
-            elif superseded:
+            elif record.id in name.previous or record.created_at < current.created_at:
                 _delete(record, deployments, settings)
         except Web4Error as error:
             log.warning("retiring %s: %s", record.id, error)
