@@ -86,3 +86,49 @@ def test_absent_limits_take_the_contracts_defaults_and_zero_is_a_limit() -> None
     assert budgets_of(deployer_pb2.Budgets()) == Budgets()
     given = deployer_pb2.Budgets(max_score_drop_points=0, min_score_percent={"tool_call.valid": 95})
     assert budgets_of(given) == Budgets(max_score_drop_points=0, min_score_percent={"tool_call.valid": 95})
+
+
+def evaluate_spec(**model: object) -> deployer_pb2.EvaluateSpec:
+    asked = deployer_pb2.EvaluatedModel(**(model or {"deployment": "demo"}))  # type: ignore[arg-type]
+    return deployer_pb2.EvaluateSpec(name="demo-eval", model=asked, suite=ref("suite"))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"deployment": "demo"},
+        {"endpoint": "https://host:1/v1", "model": "m", "secret": "key", "context_tokens": 1, "parallel": 64},
+    ],
+)
+def test_a_deployment_or_an_endpoint_is_evaluated(model: dict[str, object]) -> None:
+    check("evaluate", evaluate_spec(**model))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"parallel": 1}, "a deployment or an endpoint, one of both"),
+        ({"deployment": "demo", "endpoint": "http://h/v1"}, "a deployment or an endpoint, one of both"),
+        ({"endpoint": "h:1/v1", "model": "m"}, "which is no http://HOST:PORT/v1"),
+        ({"endpoint": "http://key@h/v1", "model": "m"}, "which reports show"),
+        ({"endpoint": "http://h/v1?key=k", "model": "m"}, "which reports show"),
+        ({"endpoint": "http://h/v1"}, "no name of the model there"),
+        ({"deployment": "demo", "secret": "key"}, "whose own name and address are used"),
+        ({"endpoint": "http://h/v1", "model": "m", "parallel": 65}, "needs parallel 0 to 64"),
+    ],
+)
+def test_a_model_that_can_not_be_evaluated(model: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidInput, match=r"^model ") as caught:
+        check("evaluate", evaluate_spec(**model))
+    assert said in caught.value.message
+    others = evaluate_spec()
+    others.against.append(evaluate_spec(**model).model)
+    with pytest.raises(InvalidInput, match=r"^against\[0\] "):
+        check("evaluate", others)
+
+
+def test_at_most_four_are_compared_with() -> None:
+    spec = evaluate_spec()
+    spec.against.extend([spec.model] * 5)
+    with pytest.raises(InvalidInput, match="against names 5 models"):
+        check("evaluate", spec)

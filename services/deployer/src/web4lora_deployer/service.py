@@ -225,7 +225,7 @@ def _check_model(field: str, model: deployer_pb2.EvaluatedModel) -> None:
         address = urlsplit(model.endpoint)
         if address.scheme not in ("http", "https") or not address.hostname:
             problem = f"has the endpoint {model.endpoint!r}, which is no http://HOST:PORT/v1"
-        elif address.username or address.password:
+        elif address.username or address.password or address.query:
             problem = "has a key in its endpoint, which reports show: hand it over as a secret"
         elif not model.model:
             problem = "has an endpoint and no name of the model there"
