@@ -172,14 +172,17 @@ def _cause(
     """Tell why, with a server on the same file at hand: cause and reason."""
     own = probe.render(prompt.messages)
     for name, render in zip(names, renders, strict=True):
-        if render is not None and (theirs := render(prompt.messages)) != own:
+        theirs = own if render is None else render(prompt.messages)
+        # A BOS that one of them leaves to the tokenizer is none: the numbers of tokens tell of a doubled one.
+        if not theirs.endswith(own) and not own.endswith(theirs):
             place = _first_difference(theirs, own)
             return "prompt", (
                 f"{name} renders the conversation otherwise than the file's template from character "
                 f'{place + 1} on: "{shorten(theirs[place:], 40)}" in place of "{shorten(own[place:], 40)}"'
             )
     cause, reason = _plain_cause(one, other, names)
-    if cause in ("refused", "prompt"):
+    shorter = min(one.reply, other.reply, key=lambda reply: len(reply.text))
+    if cause in ("refused", "prompt") or (cause == "end" and shorter.finish_reason == "length"):
         return cause, reason
     asked = probe.tokens(own, prompt=True)
     said = [probe.tokens(answer.reply.text, prompt=False) for answer in (one, other)]
