@@ -156,8 +156,10 @@ def _merge(run: Mapping[str, Any]) -> Stage:
             continue
         elif key.endswith("digest"):
             text = words.short_digest(str(value))
-        elif isinstance(value, int | float):
-            text = f"{value:,.6g}"
+        elif isinstance(value, int):
+            text = words.number(value)
+        elif isinstance(value, float):
+            text = f"{value:.3g}"
         elif isinstance(value, str):
             text = value
         else:
