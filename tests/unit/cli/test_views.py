@@ -9,7 +9,7 @@ from web4.lora.v1 import deployer_pb2, gateway_pb2, jobs_pb2, packager_pb2, trai
 from web4lora.commands.following import exit_code, question
 from web4lora.views.follow import LineFollower, finished, overview
 from web4lora.views.results import score_table, show_samples, show_scores
-from web4lora.views.stages import failure_lines, progress_text, result_lines
+from web4lora.views.stages import failure_lines, progress_text, result_lines, verified
 
 _STATES = gateway_pb2.StageState
 
@@ -244,3 +244,11 @@ def test_the_suggested_question_survives_a_shell() -> None:
     result = verify_result(samples=[deployer_pb2.Sample(core="tool", prompt='Don\'t "stop" $HOME')])
     run = gateway_pb2.Run(stages=[stage("VERIFY", "SUCCEEDED", verify_result=result)])
     assert question(run) == """ 'Don'"'"'t "stop" $HOME'"""
+
+
+def test_the_line_of_a_test_counts_prompts_and_names_what_it_was_compared_with() -> None:
+    result = verify_result(prompts=100)
+    assert verified(result).startswith("100 prompts before and after quantization")
+    assert verified(result, "another").startswith("100 prompts against another")
+    result.prompts = 0  # as runs from before prompts were counted have it
+    assert verified(result).startswith(f"{len(result.scores)} score")
