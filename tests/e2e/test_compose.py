@@ -205,6 +205,7 @@ def test_a_person_sees_the_run_in_the_console(stack: ComposeStack, finished: Jso
             page.fill("#secretKey", stack.secret("s3_secret_key"))
             page.click("button[type=submit]")
             page.wait_for_url(lambda url: "/login" not in url)
+            page.get_by_role("button", name="Acknowledge").click()  # MinIO's licence, at the first log-in
             page.goto(folder)
             try:
                 for name in (

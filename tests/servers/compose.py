@@ -18,7 +18,6 @@ import pytest
 from web4lora_chassis.process import run
 
 from servers.build import build
-from servers.fixtures import free_port
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -62,8 +61,8 @@ class ComposeStack:
         self.project = project
         self.env_file = folder / ".env"
         run([sys.executable, ROOT / "docker" / "make-env", "--folder", folder])
-        gateway, minio, console, self.trainer_port = (free_port() for _ in range(4))
-        self.model_port = _free_ports(MODEL_PORTS)
+        gateway = _free_ports(4 + MODEL_PORTS)
+        minio, console, self.trainer_port, self.model_port = (gateway + index for index in range(1, 5))
         self.console = f"http://127.0.0.1:{console}"
         self.gateway = f"127.0.0.1:{gateway}"
         self.ports = {"gateway": gateway, "minio": minio, "console": console}
@@ -164,7 +163,11 @@ def _silent(_: str) -> None:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of so many free ports in a row."""
+    """Return the first of so many free ports in a row.
+
+    They lie below those that the kernel gives to outgoing connections: while the stack is down for a moment,
+    nothing else may take them.
+    """
     for first in range(18480, 28480, count):
         try:
             for port in range(first, first + count):
