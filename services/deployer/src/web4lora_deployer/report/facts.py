@@ -103,7 +103,7 @@ CAUSES: Mapping[str, str] = {
     "refused": "a server refused the prompt",
     "end": "the same words, but one answer ended earlier",
     "rounding": "a near tie, decided by rounding",
-    "unexplained": "not explained by rounding",
+    "unexplained": "hardly rounding alone; a suite with `repeats` tells whether one server wavers as much",
     "text": "other words",
 }
 
