@@ -224,19 +224,6 @@ def test_a_person_sees_the_run_in_the_console(stack: ComposeStack, finished: Jso
         stack.docker("stop", "--time", "1", browser_id)
 
 
-def test_the_stacks_own_ollama_serves_too(stack: ComposeStack, pipeline: Path, finished: Json) -> None:
-    stack.compose("--profile", "ollama", "up", "--detach", "ollama")
-    _wait(lambda: _state(stack, "ollama") == "healthy", "Ollama is healthy")
-    lines = stack.docker("top", stack.containers()["ollama"]["Id"], "-eo", "uid,pid").splitlines()[1:]
-    assert all(line.split()[0] != "0" for line in lines), lines
-    made = json.loads(stack.web4lora("run", str(pipeline), "--json", "--set", "deploy.target=ollama"))
-    assert made["state"] == "RUN_STATE_SUCCEEDED", made
-    states = {stage["name"]: stage["state"] for stage in made["stages"]}
-    assert states["STAGE_NAME_PACKAGE"] == "STAGE_STATE_REUSED"
-    assert "compose-test" in stack.compose("exec", "-T", "ollama", "ollama", "list")
-    stack.compose("--profile", "ollama", "rm", "--stop", "--force", "ollama")
-
-
 def test_down_and_up_keep_runs_artifacts_and_the_model(stack: ComposeStack, finished: Json) -> None:
     stack.compose("down", "--timeout", "20")
     assert not stack.containers()
@@ -265,6 +252,20 @@ def test_each_container_may_die_during_a_run(stack: ComposeStack, pipeline: Path
     _wait(lambda: _healthy(stack), "every service is healthy again")
     after = {name: found["RestartCount"] for name, found in stack.containers().items()}
     assert {name for name in SERVICES if after[name] > before[name]} == SERVICES
+
+
+def test_the_stacks_own_ollama_serves_too(stack: ComposeStack, pipeline: Path, finished: Json) -> None:
+    """The last one: it takes the model out of llama-server, and Ollama is gone afterwards."""
+    stack.compose("--profile", "ollama", "up", "--detach", "ollama")
+    _wait(lambda: _state(stack, "ollama") == "healthy", "Ollama is healthy")
+    lines = stack.docker("top", stack.containers()["ollama"]["Id"], "-eo", "uid,pid").splitlines()[1:]
+    assert all(line.split()[0] != "0" for line in lines), lines
+    made = json.loads(stack.web4lora("run", str(pipeline), "--json", "--set", "deploy.target=ollama"))
+    assert made["state"] == "RUN_STATE_SUCCEEDED", made
+    states = {stage["name"]: stage["state"] for stage in made["stages"]}
+    assert states["STAGE_NAME_PACKAGE"] == "STAGE_STATE_REUSED"
+    assert "compose-test" in stack.compose("exec", "-T", "ollama", "ollama", "list")
+    stack.compose("--profile", "ollama", "rm", "--stop", "--force", "ollama")
 
 
 def _wait(condition: Callable[[], Any], what: str, seconds: float = _LONG_SECONDS) -> Any:
