@@ -96,7 +96,7 @@ def run_push(context: JobContext) -> Mapping[str, Any]:
         raise FailedPrecondition(
             "The registry's login was forgotten when the deployer was restarted.",
             fix="Push again; what has arrived is not sent again.",
-            reason="SECRETS_LOST",
+            reason="SECRET_LOST",
         )
     request = PushRequest(
         deployment=spec.deployment,
