@@ -225,6 +225,21 @@ def test_what_a_killed_service_wrote_last_is_not_believed(
         supervisor.stop()
 
 
+def test_what_is_kept_without_its_memory_can_be_deleted_after_a_restart(
+    deployments: Deployments, status: StatusFiles, settings: DeployerSettings
+) -> None:
+    kept = wish(deployments)
+    deployments.save(replace(kept, loaded=False))
+    status.write(kept.id, ServerStatus(kept.generation, State.STOPPED, port=8480))
+    supervisor = Supervisor(settings)
+    supervisor.start()
+    try:
+        LlamaServerRuntime(settings).delete(kept)
+        assert until(status, kept, lambda found: found.state is State.STOPPED).pid == 0
+    finally:
+        supervisor.stop()
+
+
 @pytest.mark.usefixtures("supervisor")
 def test_a_record_that_cannot_be_read_does_not_end_the_care_for_others(
     deployments: Deployments, status: StatusFiles, settings: DeployerSettings

@@ -94,15 +94,25 @@ class Supervisor:
             elif record is None or record.generation != keeper.generation:
                 keeper.ask_to_stop()
         for deployment_id in self._status.ids():
-            if deployment_id not in records and deployment_id not in self._keepers:
+            if deployment_id in self._keepers:
+                continue
+            if deployment_id not in records:
                 self._status.remove(deployment_id)
                 self._ports.forget(deployment_id)
+            elif deployment_id not in wanted:
+                self._say_stopped(deployment_id)
         for deployment_id, record in wanted.items():
             if deployment_id not in self._keepers:
                 self._keepers[deployment_id] = keeper = _Keeper(
                     record, self._deployments.path(record), self._settings, self._status, self._ports
                 )
                 keeper.start()
+
+    def _say_stopped(self, deployment_id: str) -> None:
+        """Say of what nobody wants and nothing serves that it is stopped: after a restart no keeper does."""
+        status = self._status.read(deployment_id)
+        if status is not None and status.state is not State.STOPPED:
+            self._status.write(deployment_id, replace(status, state=State.STOPPED))
 
 
 class _Ports:
