@@ -7,9 +7,11 @@
 #   docker/wheels/                   wheels and sdists put here are found by pip before any index
 #   --build-arg TORCH_INDEX=URL      where torch comes from; empty: from where all else comes from (amd64: with CUDA)
 #   --build-arg BASE_IMAGE=IMAGE     Debian 12, or what is built on it
+#   --build-arg LLAMA_CPP_IMAGE=IMAGE  a ready llama.cpp instead of compiling it: /opt/llama.cpp as the stage lays it out
 #
 # Needs BuildKit, of Docker 20.10 or newer; no image but BASE_IMAGE is pulled.
 ARG BASE_IMAGE=debian:bookworm-slim
+ARG LLAMA_CPP_IMAGE=compiled
 
 # Python, the user without rights, the folder it may write. libgomp1 and libstdc++6 are llama.cpp's.
 FROM ${BASE_IMAGE} AS python
@@ -67,7 +69,7 @@ RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,targ
 
 # llama.cpp from its pinned source, for any processor of this architecture. Kept in the builder's cache, so that only
 # another source or other options compile again.
-FROM build AS llama.cpp
+FROM build AS compiled
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
@@ -84,6 +86,9 @@ RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,targ
     WEB4LORA_CACHE=/llama.cpp docker/pip-install --run python -m web4lora_llamacpp build --portable \
  && python docker/copy_llama_cpp.py /llama.cpp /opt/llama.cpp \
  && find /opt/llama.cpp/bin -type f -exec strip --strip-unneeded {} +
+
+# hadolint ignore=DL3006
+FROM ${LLAMA_CPP_IMAGE} AS llama.cpp
 
 FROM build AS gateway-build
 COPY services/gateway/pyproject.toml services/gateway/

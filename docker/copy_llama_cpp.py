@@ -11,7 +11,7 @@ from pathlib import Path
 
 import web4lora_llamacpp
 
-_CONVERTER = ("convert_hf_to_gguf.py", "conversion", "gguf-py/gguf")
+_CONVERTER = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py/gguf")
 
 
 def main() -> None:
