@@ -84,8 +84,7 @@ RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,targ
     docker/pip-install --ours proto libs/chassis libs/llamacpp
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/llama.cpp,sharing=locked \
     WEB4LORA_CACHE=/llama.cpp docker/pip-install --run python -m web4lora_llamacpp build --portable \
- && python docker/copy_llama_cpp.py /llama.cpp /opt/llama.cpp \
- && find /opt/llama.cpp/bin -type f -exec strip --strip-unneeded {} +
+ && python docker/copy_llama_cpp.py /llama.cpp /opt/llama.cpp
 
 # hadolint ignore=DL3006
 FROM ${LLAMA_CPP_IMAGE} AS llama.cpp

@@ -1,11 +1,13 @@
 """Copies the llama.cpp that a build finds in its cache into an image: `copy_llama_cpp.py CACHE TARGET`.
 
-TARGET gets `bin/` (tools and libraries), `source/` (the converter, and what it imports) and LICENSE.
+TARGET gets `bin/` (tools and libraries, without symbols), `source/` (the converters, and what they import)
+and LICENSE.
 """
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +23,8 @@ def main() -> None:
     if found is None:
         raise SystemExit(f"There is no llama.cpp in {cache}.")
     shutil.copytree(found.bin, target / "bin", symlinks=True)
+    programs = [path for path in sorted((target / "bin").iterdir()) if not path.is_symlink()]
+    subprocess.run(["strip", "--strip-unneeded", *programs], check=True)
     for name in _CONVERTER:
         source, place = found.source / name, target / "source" / name
         place.parent.mkdir(parents=True, exist_ok=True)

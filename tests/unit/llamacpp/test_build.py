@@ -57,7 +57,7 @@ def test_builds_once_and_is_found_then(place: Place) -> None:
     built = ensure_built(cache, seen.append)
     assert not built.found
     assert built.version == "9.8.7 (abc1234)"
-    assert all(path.is_file() for path in (built.server, built.quantize, built.perplexity, built.imatrix))
+    assert all(path.is_file() for path in (built.server, built.quantize, built.imatrix))
     assert built.bench.is_file()
     assert built.converter.is_file()
     steps = [progress for progress in seen if progress.unit == "steps"]

@@ -21,7 +21,7 @@ FOLDER_VARIABLE = "WEB4LORA_LLAMA_CPP"
 SOURCE_VARIABLE = "WEB4LORA_LLAMA_CPP_SOURCE"
 """Names the source that those binaries were built from; the cache's own when unset."""
 
-TARGETS = ("llama-quantize", "llama-server", "llama-perplexity", "llama-imatrix", "llama-bench")
+TARGETS = ("llama-quantize", "llama-server", "llama-imatrix", "llama-bench")
 _VERSION = re.compile(r"version: (\S+) \((?:build \d+, commit )?(\w+)\)")
 
 
@@ -52,11 +52,6 @@ class LlamaCpp:
         return self.bin / "llama-server"
 
     @property
-    def perplexity(self) -> Path:
-        """The program llama-perplexity."""
-        return self.bin / "llama-perplexity"
-
-    @property
     def imatrix(self) -> Path:
         """The program llama-imatrix."""
         return self.bin / "llama-imatrix"
@@ -70,6 +65,11 @@ class LlamaCpp:
     def converter(self) -> Path:
         """The script convert_hf_to_gguf.py."""
         return self.source / "convert_hf_to_gguf.py"
+
+    @property
+    def adapter_converter(self) -> Path:
+        """The script convert_lora_to_gguf.py."""
+        return self.source / "convert_lora_to_gguf.py"
 
 
 def cache_root(cache: Path) -> Path:
