@@ -18,7 +18,7 @@ import psutil
 import pytest
 import tiny_llama
 from web4.lora.v1 import artifacts_pb2, jobs_pb2, packager_pb2, packager_pb2_grpc
-from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, open_store
+from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, hash_file, open_store
 from web4lora_chassis.errors import InvalidInput, NotFound
 from web4lora_chassis.rpc import channel, error_of, ref_message, ref_of
 from web4lora_chassis.settings import load
@@ -280,6 +280,45 @@ def test_errors_name_what_is_wrong(stack: Stack) -> None:
     job = stack.watch(stack.create("gone", gone).job.id, _ended)
     assert (job.job.state, job.job.error.reason) == (jobs_pb2.JOB_STATE_FAILED, "NOT_FOUND")
     assert str(ArtifactRef("adapter", "gone", "0" * 64)) in job.job.error.message
+
+
+def test_adapter_and_base_are_made_for_llama_server_to_switch(stack: Stack, tmp_path: Path) -> None:
+    spec = stack.spec("Q4_K_M", "Q8_0")
+    spec.package.adapter_gguf = True
+    job = stack.watch(stack.create("switchable", spec).job.id, _ended)
+    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
+    result = job.package_result
+    adapter, base = result.adapter_gguf, result.adapter_base
+    assert (adapter.file_name, adapter.type, adapter.bits_per_weight) == ("adapter.gguf", "F32", 32)
+    assert (base.file_name, base.type) == ("base.Q4_K_M.gguf", "Q4_K_M")
+    assert base.size_bytes == pytest.approx(result.quantized[0].size_bytes, abs=64)
+    assert adapter.loads
+    assert base.loads
+    assert adapter.sample == base.sample  # of both together
+    assert stack.store.manifest(ref_of(adapter.artifact)).inputs == (stack.base, stack.adapter)
+    assert stack.store.manifest(ref_of(base.artifact)).inputs == (stack.base,)
+    assert not result.HasField("base_gguf")  # nobody compares with it
+    for ref in (adapter.artifact, base.artifact, result.files):
+        stack.store.get(ref_of(ref), tmp_path / "run")
+    sums = (tmp_path / "run" / "SHA256SUMS").read_text()
+    for name in ("adapter.gguf", "base.Q4_K_M.gguf"):
+        assert f"{hash_file(tmp_path / 'run' / name)}  {name}\n" in sums
+    again = stack.watch(stack.create("again", spec).job.id, _ended).package_result
+    assert (again.adapter_gguf.artifact, again.adapter_base.artifact) == (adapter.artifact, base.artifact)
+
+
+def test_an_adapter_that_has_no_exact_gguf_fails_before_it_is_merged(
+    stack: Stack, tmp_path: Path, base: Path
+) -> None:
+    other = tiny_llama.write_adapter(tmp_path / "other", base, use_rslora=True)
+    spec = stack.spec("Q8_0")
+    ref = stack.store.put("adapter", "other", _files(other), inputs=[stack.base], link=False)
+    spec.adapter.CopyFrom(ref_message(ref))
+    spec.package.adapter_gguf = True
+    job = stack.watch(stack.create("other", spec).job.id, _ended)
+    assert job.job.error.reason == "ADAPTER_NOT_CONVERTIBLE"
+    assert "use_rslora" in job.job.error.message
+    assert not stack.store.find("merged_model")
 
 
 def test_the_untrained_base_is_converted_once(stack: Stack, tmp_path: Path) -> None:

@@ -97,6 +97,16 @@ def test_the_base_is_converted_and_tested_only_when_that_is_asked_for():
     assert not BY_NAME["verify"].spec(inputs(package=PACKAGE, deploy=deployed)).HasField("base_gguf")
 
 
+def test_an_adapter_of_its_own_is_for_people_and_must_be_there_to_be_taken_over():
+    made = PACKAGE | {
+        "adapter_gguf": {"artifact": ref("GGUF", "6")}, "adapter_base": {"artifact": ref("GGUF", "7")},
+    }  # fmt: skip
+    result = BY_NAME["package"].read(made)
+    for told in (BY_NAME["package"].artifacts(result), BY_NAME["package"].files(result)):
+        assert {"6", "7"} <= {artifact.digest[0] for artifact in told}
+    assert len(BY_NAME["package"].files(BY_NAME["package"].read(PACKAGE))) == len(told) - 2
+
+
 def test_what_is_deployed_and_how_it_is_tested_do_not_depend_on_who_is_promoted():
     given = inputs(package=PACKAGE, deploy={"deployment": {"id": "demo:v2", "promoted": True}})
     assert not BY_NAME["deploy"].spec(given).deploy.HasField("promote")

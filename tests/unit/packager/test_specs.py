@@ -80,6 +80,18 @@ def test_types_that_need_a_matrix_are_taken_with_one() -> None:
     assert spec_of(message).quantizations == ("IQ2_XS",)
 
 
+def test_the_base_under_an_adapter_has_no_matrix() -> None:
+    assert not spec_of(_message()).adapter_gguf
+    assert spec_of(_message(adapter_gguf=True)).adapter_gguf
+    message = _message(quantizations=["IQ2_XS"], importance_matrix=True, adapter_gguf=True)
+    message.dataset.CopyFrom(DATASET)
+    with pytest.raises(InvalidInput, match="put another type first") as caught:
+        spec_of(message)
+    assert caught.value.metadata["field"] == "adapter_gguf"
+    message.package.quantizations[:] = ["Q4_K_M", "IQ2_XS"]
+    assert spec_of(message).adapter_gguf
+
+
 def test_artifacts_of_another_kind_are_refused() -> None:
     message = _message()
     message.base.CopyFrom(ADAPTER)

@@ -143,6 +143,10 @@ def _packaged(result: packager_pb2.PackageResult) -> list[str]:
         saved = f"{human.MINUS}{100 * file.size_reduction:.0f} %"
         parts.append(f"{file.type} {human.size(file.size_bytes)} ({saved}) {OK}")
     files = [result.reference, *result.quantized]
+    if result.HasField("adapter_gguf"):
+        files += [result.adapter_gguf, result.adapter_base]
+        parts.append(f"adapter {human.size(result.adapter_gguf.size_bytes)} {OK}")
+        parts.append(f"base {result.adapter_base.type} {human.size(result.adapter_base.size_bytes)} {OK}")
     parts.append(f"loads {OK if all(file.loads for file in files) else BAD}")
     return ["  ".join([*parts, f"checksums {OK}"])]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import re
 import signal
 import subprocess
@@ -31,8 +32,15 @@ from web4lora_llamacpp.tools import LlamaCpp
 _LISTENING = re.compile(rb"listening on (http://\S+)")
 _STAMP = re.compile(r"^[\d.]+ [A-Z] ")
 _MEMORY = ("failed to allocate", "unable to allocate", "bad_alloc", "out of memory", "cannot allocate memory")
-_MODEL = ("failed to load model", "error loading model", "invalid magic", "model loading error")
+_MODEL = (
+    "failed to apply lora adapter",
+    "failed to load model",
+    "error loading model",
+    "invalid magic",
+    "model loading error",
+)
 _POLL_SECONDS = 0.05
+_SET_SECONDS = 5.0
 _STOP_GRACE_SECONDS = 5.0
 
 
@@ -48,6 +56,8 @@ class LlamaServer:
         parallel: Requests at work at once; each has its whole context, so memory grows with it.
         log_file: Where its output goes; appended to.
         alias: Name of the model in the API.
+        adapters: LoRA adapters to load beside the model, each with the scale it is applied with at first; see
+            `set_adapters`.
         options: Further options, which win over ours.
     """
 
@@ -62,6 +72,7 @@ class LlamaServer:
         parallel: int,
         log_file: Path,
         alias: str = "",
+        adapters: Sequence[tuple[Path, float]] = (),
         options: Sequence[str] = (),
     ) -> None:
         self._llama = llama
@@ -72,6 +83,7 @@ class LlamaServer:
         self._parallel = parallel
         self._log_file = log_file
         self._alias = alias
+        self._adapters = tuple(adapters)
         self._options = tuple(options)
         self._log_start = 0
         self._base = ""
@@ -93,10 +105,18 @@ class LlamaServer:
 
         Raises:
             NotFound: There is no such GGUF file.
-            FailedPrecondition: The program can't be run.
+            FailedPrecondition: The program can't be run, or can't take an adapter's path.
         """
-        if not self._gguf.is_file():
-            raise NotFound(f"There is no GGUF file {self._gguf}.")
+        adapters = [file for file, _ in self._adapters]
+        for file in (self._gguf, *adapters):
+            if not file.is_file():
+                raise NotFound(f"There is no GGUF file {file}.")
+        for file in adapters:
+            if ":" in str(file):
+                raise FailedPrecondition(
+                    f"llama-server can't load an adapter from {file}: its path has a colon.",
+                    fix="Set WEB4LORA_HOME to a folder without one.",
+                )
         if not self._llama.server.is_file():
             raise FailedPrecondition(
                 f"There is no {self._llama.server}.", fix="Build llama.cpp: python -m web4lora_llamacpp build"
@@ -133,6 +153,32 @@ class LlamaServer:
             fix=f"Its log: {self._log_file}",
             reason="LOAD_TIMEOUT",
         )
+
+    def set_adapters(self, scales: Sequence[float]) -> None:
+        """Apply the adapters with other scales from the next request on; answers at work end as they began.
+
+        Args:
+            scales: One for each adapter, in their order.
+
+        Raises:
+            Unavailable: The server did not take them in time.
+        """
+        body = json.dumps([{"id": number, "scale": scale} for number, scale in enumerate(scales)])
+        connection = self._connection(_SET_SECONDS)
+        try:
+            connection.request("POST", "/lora-adapters", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            problem = "" if answer.status == 200 else answer.read().decode("utf-8", errors="replace")[:300]
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(error) or type(error).__name__
+        finally:
+            connection.close()
+        if problem:
+            raise Unavailable(
+                f"llama-server did not take the scales of its adapters: {problem}",
+                fix=f"Its log: {self._log_file}",
+                reason="ADAPTERS_NOT_SET",
+            )
 
     @property
     def endpoint(self) -> str:
@@ -183,7 +229,20 @@ class LlamaServer:
             "--cache-ram", "0",
         ]  # fmt: skip
         alias = ["--alias", self._alias] if self._alias else []
-        return [*command, *alias, *self._options]
+        return [*command, *alias, *self._adapter_options(), *self._options]
+
+    def _adapter_options(self) -> list[str]:
+        if not self._adapters:
+            return []
+        rows = [f"{file}:{scale!r}".replace('"', '""') for file, scale in self._adapters]
+        # Scaled from the first moment on: --lora applies each in full until it is told otherwise, also with
+        # --lora-init-without-apply. And what one adapter read must not be gone on from by another: a slot's
+        # cache outlives POST /lora-adapters, so answers would come of both.
+        return ["--lora-scaled", ",".join(f'"{row}"' for row in rows), "--no-cache-prompt"]
+
+    def _connection(self, seconds: float) -> http.client.HTTPConnection:
+        parts = urlsplit(self._base)
+        return http.client.HTTPConnection(parts.hostname or self._host, parts.port, timeout=seconds)
 
     def _healthy(self) -> bool:
         """Return True once the log names the address and that answers."""
@@ -193,8 +252,7 @@ class LlamaServer:
                 return False
             # Who listens on every address is asked at the loopback, under the same port.
             self._base = match[1].decode().replace("//0.0.0.0:", "//127.0.0.1:")
-        parts = urlsplit(self._base)
-        connection = http.client.HTTPConnection(parts.hostname or self._host, parts.port, timeout=5)
+        connection = self._connection(5.0)
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == 200

@@ -57,6 +57,7 @@ _PACKAGE: Mapping[str, Rule] = {
     "temperature": Number(0, low=0, high=2),
     "importance_matrix": Flag(False),
     "importance_matrix_chunks": Number(100, low=1, high=10_000),
+    "adapter_gguf": Flag(False),
 }
 _DEPLOY: Mapping[str, Rule] = {
     "target": Choice("auto", ("auto", "ollama", "docker", "llama-server")),

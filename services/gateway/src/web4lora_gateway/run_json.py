@@ -85,25 +85,19 @@ def _train(result: trainer_pb2.TrainResult) -> dict[str, Any]:
 
 
 def _package(result: packager_pb2.PackageResult) -> dict[str, Any]:
-    reference = result.reference
+    switchable = result.HasField("adapter_gguf")
     return {
-        "reference": {
-            "type": reference.type,
-            "size_bytes": reference.size_bytes,
-            "digest": reference.artifact.digest,
-        },
-        "quantized": [
-            {
-                "type": quant.type,
-                "size_bytes": quant.size_bytes,
-                "size_reduction": quant.size_reduction,
-                "digest": quant.artifact.digest,
-            }
-            for quant in result.quantized
-        ],
+        "reference": _gguf(result.reference),
+        "quantized": [{**_gguf(quant), "size_reduction": quant.size_reduction} for quant in result.quantized],
+        "adapter": _gguf(result.adapter_gguf) if switchable else None,
+        "adapter_base": _gguf(result.adapter_base) if switchable else None,
         "llama_cpp_version": result.llama_cpp_version,
         "merge": to_json(result.merge),
     }
+
+
+def _gguf(file: packager_pb2.GgufFile) -> dict[str, Any]:
+    return {"type": file.type, "size_bytes": file.size_bytes, "digest": file.artifact.digest}
 
 
 def _deploy(deployment: deployer_pb2.Deployment) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The untrained base as a 16-bit GGUF, for tests to compare with: made once for each base, then kept."""
+"""The untrained base as GGUFs, to compare with and to serve under adapters: each made once, then kept."""
 
 from __future__ import annotations
 
@@ -10,57 +10,120 @@ from web4lora_chassis.jobs import Progress
 from web4lora_llamacpp import LlamaCpp
 
 from web4lora_packager.convert import convert
+from web4lora_packager.gguf_file import read_header
+from web4lora_packager.quantize import quantize
 from web4lora_packager.steps import Steps
+from web4lora_packager.versions import tool_versions
 
 _FILE = "base_model.gguf"
 
 
-def base_gguf(
-    store: ArtifactStore,
-    base: ArtifactRef,
-    folder: Path,
-    llama: LlamaCpp,
-    work: Path,
-    *,
-    gguf_type: str,
-    tools: Mapping[str, str],
-    report: Callable[[Progress], None],
-) -> ArtifactRef:
-    """Return the base's GGUF: the one in the store, else a new one.
+class BaseGgufs:
+    """The GGUFs of one base. Those in the store are taken, unless another llama.cpp made them.
 
     Args:
-        store: Where it is kept.
+        store: Where they are kept.
         base: The base model.
         folder: Its files.
-        llama: Brings the converter.
+        llama: Brings the converter and llama-quantize.
         work: The job's working folder.
-        gguf_type: F16 or BF16: that of the merged model, so that both are compared alike.
-        tools: Versions of the tools; a GGUF that another llama.cpp made is not taken.
         report: Takes progress.
-
-    Raises:
-        Internal: The converter failed.
-        OutOfMemory: It was killed.
-        Unavailable: The store is out of reach.
     """
-    for manifest in store.find("gguf", base.name):
-        made_of = [ref.digest for ref in manifest.inputs] == [base.digest]
-        same_way = manifest.tools.get("llama.cpp") == tools.get("llama.cpp")
-        same_type = manifest.parameters.get("type") == f'"{gguf_type}"'
-        if made_of and same_way and same_type and [entry.path for entry in manifest.files] == [_FILE]:
-            return manifest.ref
-    target = work / _FILE
 
-    def make() -> Mapping[str, object]:
-        convert(
-            llama, folder, target,
-            gguf_type=gguf_type, name=base.name, log=work / "tools.log", report=report,
+    def __init__(
+        self,
+        store: ArtifactStore,
+        base: ArtifactRef,
+        folder: Path,
+        llama: LlamaCpp,
+        work: Path,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self._store = store
+        self._base = base
+        self._folder = folder
+        self._llama = llama
+        self._work = work
+        self._report = report
+        self._tools = tool_versions() | {"llama.cpp": llama.version}
+        self._steps = Steps(work)
+
+    def reference(self, gguf_type: str) -> ArtifactRef:
+        """Return the 16-bit one.
+
+        Args:
+            gguf_type: F16 or BF16: that of the merged model, so that both are compared alike.
+
+        Raises:
+            Internal: The converter failed.
+            OutOfMemory: It was killed.
+            Unavailable: The store is out of reach.
+        """
+        target = self._work / _FILE
+
+        def make() -> Mapping[str, object]:
+            convert(
+                self._llama, self._folder, target,
+                gguf_type=gguf_type, name=self._base.name, log=self._work / "tools.log", report=self._report,
+            )  # fmt: skip
+            return {}
+
+        return self._kept(_FILE, {"type": gguf_type}) or self._made(
+            f"convert-base-{gguf_type}", target, make, {"type": gguf_type}
+        )
+
+    def quantized(self, quantization: str, gguf_type: str) -> tuple[ArtifactRef, Path]:
+        """Return a quantized one, and where it lies in the working folder.
+
+        Args:
+            quantization: The type.
+            gguf_type: Of the 16-bit one that it is made from.
+
+        Raises:
+            Internal: The converter or llama-quantize failed.
+            OutOfMemory: It was killed.
+            DataLoss: What the store has is not what its digest says.
+            Unavailable: The store is out of reach.
+        """
+        target = self._work / f"base.{quantization}.gguf"
+        parameters = {"type": quantization, "from": gguf_type}
+        if ref := self._kept(target.name, parameters):
+            self._store.get(ref, self._work)
+            return ref, target
+        reference = self.reference(gguf_type)
+
+        def make() -> Mapping[str, object]:
+            self._store.get(reference, self._work)
+            quantize(
+                self._llama, self._work / _FILE, target,
+                quantization=quantization, parameters=read_header(self._work / _FILE).parameters, matrix=None,
+                log=self._work / "tools.log", report=self._report,
+            )  # fmt: skip
+            return {}
+
+        return self._made(f"quantize-base-{quantization}", target, make, parameters), target
+
+    def _kept(self, file_name: str, parameters: Mapping[str, str]) -> ArtifactRef | None:
+        """Return the one in the store that was made the same way."""
+        for manifest in self._store.find("gguf", self._base.name):
+            made_of = [ref.digest for ref in manifest.inputs] == [self._base.digest]
+            same_way = manifest.tools.get("llama.cpp") == self._tools["llama.cpp"]
+            same = {key: f'"{value}"' for key, value in parameters.items()} == dict(manifest.parameters)
+            if made_of and same_way and same and [entry.path for entry in manifest.files] == [file_name]:
+                return manifest.ref
+        return None
+
+    def _made(
+        self,
+        step: str,
+        target: Path,
+        make: Callable[[], Mapping[str, object]],
+        parameters: Mapping[str, str],
+    ) -> ArtifactRef:
+        """Make one and put it into the store."""
+        self._steps.do(step, target, make)
+        self._report(Progress("store base"))
+        return self._store.put(
+            "gguf", self._base.name, {target.name: target},
+            inputs=[self._base], parameters=parameters, tools=self._tools, created_by="packager",
         )  # fmt: skip
-        return {}
-
-    Steps(work).do(f"convert-base-{gguf_type}", target, make)
-    report(Progress("store base"))
-    return store.put(
-        "gguf", base.name, {_FILE: target},
-        inputs=[base], parameters={"type": gguf_type}, tools=tools, created_by="packager",
-    )  # fmt: skip

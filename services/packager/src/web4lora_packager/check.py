@@ -63,7 +63,9 @@ def check_header(header: GgufHeader, tokenizer: Tokenizer, reference: GgufHeader
         )
 
 
-def check_loads(llama: LlamaCpp, gguf: Path, *, log: Path, timeout_seconds: float) -> Loaded:
+def check_loads(
+    llama: LlamaCpp, gguf: Path, *, log: Path, timeout_seconds: float, adapter: Path | None = None
+) -> Loaded:
     """Let llama-server load a GGUF and answer one prompt.
 
     Args:
@@ -71,6 +73,7 @@ def check_loads(llama: LlamaCpp, gguf: Path, *, log: Path, timeout_seconds: floa
         gguf: The file.
         log: The server's output is appended here.
         timeout_seconds: How long loading may take.
+        adapter: The GGUF of an adapter to load beside it and to apply in full.
 
     Raises:
         FailedPrecondition: The server can't load it.
@@ -79,7 +82,10 @@ def check_loads(llama: LlamaCpp, gguf: Path, *, log: Path, timeout_seconds: floa
         Unavailable: It took too long.
     """
     started = time.monotonic()
-    with LlamaServer(llama, gguf, context_tokens=_CONTEXT_TOKENS, parallel=1, log_file=log) as server:
+    adapters = [(adapter, 1.0)] if adapter else []
+    with LlamaServer(
+        llama, gguf, context_tokens=_CONTEXT_TOKENS, parallel=1, log_file=log, adapters=adapters
+    ) as server:
         server.wait_ready(timeout_seconds)
         load_seconds = time.monotonic() - started
         sample = _ask(server.endpoint, gguf.name)

@@ -1,4 +1,4 @@
-"""Makes the 16-bit GGUF with llama.cpp's own converter, in a process of its own."""
+"""Makes GGUFs of a checkpoint or an adapter with llama.cpp's own converters, in a process of their own."""
 
 from __future__ import annotations
 
@@ -58,8 +58,50 @@ def convert(
         Internal: The converter failed; the message has its last lines.
         OutOfMemory: It was killed.
     """
-    phase = f"convert {gguf_type}"
-    report(Progress(phase, message="reading the checkpoint"))
+    report(Progress(f"convert {gguf_type}", message="reading the checkpoint"))
+    options: list[str | Path] = ["--outtype", gguf_type.lower(), "--model-name", name]
+    _run(llama.converter, model, options, target, phase=f"convert {gguf_type}", log=log, report=report)
+
+
+def convert_adapter(
+    llama: LlamaCpp,
+    adapter: Path,
+    base: Path,
+    target: Path,
+    *,
+    log: Path,
+    report: Callable[[Progress], None],
+) -> None:
+    """Convert an adapter to a GGUF file of its own, in 32 bit, which holds every value exactly.
+
+    Args:
+        llama: Brings the converter.
+        adapter: The adapter's folder.
+        base: The folder of its base; its configuration alone is read.
+        target: The file to write; replaced at once when done.
+        log: The converter's output is appended here.
+        report: Takes progress: phase "convert adapter", in percent.
+
+    Raises:
+        Internal: The converter failed; the message has its last lines.
+        OutOfMemory: It was killed.
+    """
+    report(Progress("convert adapter"))
+    options: list[str | Path] = ["--base", base, "--outtype", "f32"]
+    _run(llama.adapter_converter, adapter, options, target, phase="convert adapter", log=log, report=report)
+
+
+def _run(
+    script: Path,
+    source: Path,
+    options: list[str | Path],
+    target: Path,
+    *,
+    phase: str,
+    log: Path,
+    report: Callable[[Progress], None],
+) -> None:
+    """Run a converter on a folder."""
     part = target.with_name(f"part-{target.name}")
     started = 0.0
 
@@ -71,17 +113,14 @@ def convert(
             left = (now - started) / percent * (100 - percent) if percent else 0.0
             report(Progress(phase, percent, 100, "percent", left))
 
-    command: list[str | Path] = [
-        sys.executable, llama.converter, model,
-        "--outfile", part, "--outtype", gguf_type.lower(), "--model-name", name,
-    ]  # fmt: skip
+    command: list[str | Path] = [sys.executable, script, source, "--outfile", part, *options]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     code = follow(command, log, on_line, env=env)
     if code == -9:
-        raise OutOfMemory(f"{llama.converter.name} was killed, most likely because memory ran out.")
+        raise OutOfMemory(f"{script.name} was killed, most likely because memory ran out.")
     if code != 0 or not part.is_file():
         raise Internal(
-            f"{llama.converter.name} failed with exit code {code}:{tail(log)}",
+            f"{script.name} failed with exit code {code}:{tail(log)}",
             fix=f"The whole output: {log}",
             reason="CONVERTER_FAILED",
         )

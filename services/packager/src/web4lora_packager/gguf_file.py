@@ -23,6 +23,8 @@ class GgufHeader:
         bos_id: Id of the token that begins a text, or None.
         eos_id: Id of the token that ends one, or None.
         context_tokens: Context length that the model was trained for, or None.
+        kind: What the file says that it holds: "model", "adapter"; empty when it does not say.
+        alpha: What a LoRA adapter is scaled by, over its rank; None for other files.
     """
 
     architecture: str
@@ -33,6 +35,8 @@ class GgufHeader:
     bos_id: int | None
     eos_id: int | None
     context_tokens: int | None
+    kind: str = ""
+    alpha: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -51,6 +55,7 @@ def read_header(path: Path) -> GgufHeader:
     except (OSError, ValueError, IndexError) as error:
         raise DataLoss(f"{path} can't be read as GGUF: {error}.", reason="GGUF_BROKEN") from error
     architecture = _value(reader, "general.architecture")
+    alpha = _value(reader, "adapter.lora.alpha")
     parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     if not architecture or not parameters:
         raise DataLoss(f"{path} holds no model.", reason="GGUF_BROKEN")
@@ -63,6 +68,8 @@ def read_header(path: Path) -> GgufHeader:
         bos_id=_number(reader, "tokenizer.ggml.bos_token_id"),
         eos_id=_number(reader, "tokenizer.ggml.eos_token_id"),
         context_tokens=_number(reader, f"{architecture}.context_length"),
+        kind=str(_value(reader, "general.type") or ""),
+        alpha=float(alpha) if alpha is not None else None,
     )
 
 

@@ -8,20 +8,23 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from web4lora_chassis.artifacts import hash_file
+from web4lora_chassis.artifacts import ArtifactRef, hash_file
 from web4lora_chassis.errors import ResourceExhausted
 from web4lora_chassis.jobs import Progress
 from web4lora_llamacpp import LlamaCpp
 
+from web4lora_packager.adapter import Adapter
+from web4lora_packager.adapter_gguf import ADAPTER_NAME, check_adapter, require_convertible
 from web4lora_packager.assertion import assert_merged
+from web4lora_packager.base_gguf import BaseGgufs
 from web4lora_packager.chat_template import Tokenizer, read_tokenizer
 from web4lora_packager.check import Loaded, check_header, check_loads
 from web4lora_packager.checkpoint import read_checkpoint
-from web4lora_packager.convert import choose_type, convert
+from web4lora_packager.convert import choose_type, convert, convert_adapter
 from web4lora_packager.gguf_file import GgufHeader, read_header
 from web4lora_packager.merge import Merged, merge
 from web4lora_packager.modelfile import ModelParameters, default_system, licence_of, modelfile, stop_texts
@@ -54,6 +57,21 @@ class GgufReport:
 
 
 @dataclass(frozen=True)
+class Switchable:
+    """The adapter and its base as GGUFs, for llama-server to switch adapters.
+
+    Attributes:
+        adapter: The adapter.
+        base: The quantized base.
+        base_ref: The base's artifact.
+    """
+
+    adapter: GgufReport
+    base: GgufReport
+    base_ref: ArtifactRef
+
+
+@dataclass(frozen=True)
 class Package:
     """What packaging made, on disk.
 
@@ -63,6 +81,7 @@ class Package:
         max_abs_error: Largest difference found when the merge was computed a second time.
         reference: The 16-bit GGUF.
         quantized: The quantized ones, in the order asked for.
+        switchable: Adapter and base as GGUFs; None unless they were asked for.
         files: Modelfile, modelfile.json and SHA256SUMS, by name.
     """
 
@@ -71,6 +90,7 @@ class Package:
     max_abs_error: float
     reference: GgufReport
     quantized: tuple[GgufReport, ...]
+    switchable: Switchable | None
     files: dict[str, Path]
 
 
@@ -81,6 +101,7 @@ class Packaging:
         spec: What to make.
         base: The base model's folder.
         adapter: The adapter's folder.
+        bases: Makes the base's GGUFs, where they are asked for.
         training: The training data's files, for an importance matrix.
         licence: Name of the base's licence, for a base without a licence file.
         llama: The tools.
@@ -94,6 +115,7 @@ class Packaging:
         spec: PackageSpec,
         base: Path,
         adapter: Path,
+        bases: BaseGgufs,
         training: Iterable[Path],
         licence: str,
         llama: LlamaCpp,
@@ -104,6 +126,7 @@ class Packaging:
         self._spec = spec
         self._base = base
         self._adapter = adapter
+        self._bases = bases
         self._training = tuple(training)
         self._licence = licence
         self._llama = llama
@@ -120,11 +143,14 @@ class Packaging:
         Raises:
             ResourceExhausted: The disk is too full, or memory ran out.
             InvalidInput: A file of base, adapter or dataset is missing or broken, or the spec does not fit.
-            FailedPrecondition: The adapter is not one that is merged here.
+            FailedPrecondition: The adapter is not one that is merged here, or can't be a GGUF of its own.
             DataLoss: A check found a wrong file.
             Internal: A tool failed.
+            Unavailable: The store is out of reach.
         """
         self._require_space()
+        if self._spec.adapter_gguf:
+            require_convertible(Adapter(self._adapter))
         merged, max_abs_error = self._merge()
         gguf_type = choose_type(self._spec.gguf_type, merged.max_abs_weight)
         reference_step, header = self._convert(gguf_type)
@@ -133,8 +159,16 @@ class Packaging:
         quantized_steps = [self._quantize(name, header, matrix) for name in self._spec.quantizations]
         reference = self._check(REFERENCE_NAME, gguf_type, None)
         quantized = [self._check(_file_name(name), name, header) for name in self._spec.quantizations]
-        files = self._write_files(context_tokens, [reference_step, *quantized_steps])
-        return Package(self._work / "merged", merged, max_abs_error, reference, tuple(quantized), files)
+        switchable = self._make_switchable(gguf_type) if self._spec.adapter_gguf else None
+        sums = {
+            path: digest for step in (reference_step, *quantized_steps) for path, digest in step.files.items()
+        }
+        for gguf in (switchable.adapter, switchable.base) if switchable else ():
+            sums[gguf.path.name] = hash_file(gguf.path)
+        files = self._write_files(context_tokens, sums)
+        return Package(
+            self._work / "merged", merged, max_abs_error, reference, tuple(quantized), switchable, files
+        )
 
     def _require_space(self) -> None:
         """Refuse before work starts what the disk can't hold at its end."""
@@ -143,7 +177,9 @@ class Packaging:
             _QUANT_SHARE.get(name.strip("IQ")[:1], _QUANT_SHARE_ELSE) for name in self._spec.quantizations
         ]
         made = sum(path.stat().st_size for path in self._work.rglob("*") if path.is_file())
-        needed = int(size * (2 + self._spec.base_gguf + sum(shares))) + _HEADROOM_BYTES
+        bases = float(self._spec.base_gguf or self._spec.adapter_gguf)
+        bases += shares[0] if self._spec.adapter_gguf else 0.0
+        needed = int(size * (2 + bases + sum(shares))) + _HEADROOM_BYTES
         free = shutil.disk_usage(self._work).free
         if free + made < needed:
             raise ResourceExhausted(
@@ -230,6 +266,34 @@ class Packaging:
         self._sized(f"quantize {quantization}", target)
         return step
 
+    def _make_switchable(self, gguf_type: str) -> Switchable:
+        """Convert the adapter by itself, and see that it answers on the quantized base."""
+        target = self._work / ADAPTER_NAME
+
+        def make() -> dict[str, object]:
+            convert_adapter(
+                self._llama, self._adapter, self._base, target, log=self._log, report=self._report
+            )
+            return {}
+
+        self._steps.do("convert-adapter", target, make)
+        adapter = check_adapter(target, Adapter(self._adapter))
+        self._sized("convert adapter", target)
+        quantization = self._spec.quantizations[0]
+        ref, path = self._bases.quantized(quantization, gguf_type)
+        base = read_header(path)
+        check_header(base, self._tokenizer, None, path.name)
+        self._report(Progress("load check", message=f"{path.name} with {target.name}"))
+        loaded = check_loads(
+            self._llama, path,
+            adapter=target, log=self._work / "server.log", timeout_seconds=self._load_timeout_seconds,
+        )  # fmt: skip
+        reports = [
+            GgufReport(file, kind, file.stat().st_size, header.bits_per_weight, loaded)
+            for file, kind, header in ((target, "F32", adapter), (path, quantization, base))
+        ]
+        return Switchable(reports[0], reports[1], ref)
+
     def _sized(self, phase: str, path: Path) -> None:
         """Tell a finished file's size."""
         size = path.stat().st_size
@@ -247,8 +311,8 @@ class Packaging:
         )
         return GgufReport(path, gguf_type, path.stat().st_size, header.bits_per_weight, loaded)
 
-    def _write_files(self, context_tokens: int, ggufs: Iterable[Step]) -> dict[str, Path]:
-        """Write Modelfile, modelfile.json and SHA256SUMS."""
+    def _write_files(self, context_tokens: int, sums: Mapping[str, str]) -> dict[str, Path]:
+        """Write Modelfile, modelfile.json and SHA256SUMS: that of the Modelfile, and those given."""
         self._report(Progress("checksums"))
         parameters = ModelParameters(
             stop=stop_texts(self._tokenizer),
@@ -259,9 +323,8 @@ class Packaging:
         )
         model_file = self._write("Modelfile", modelfile(_file_name(self._spec.quantizations[0]), parameters))
         as_json = json.dumps(parameters.to_json(), indent=2, ensure_ascii=False) + "\n"
-        sums = {path: digest for step in ggufs for path, digest in step.files.items()}
-        sums[model_file.name] = hash_file(model_file)
-        lines = [f"{digest}  {path}\n" for path, digest in sorted(sums.items())]
+        every = {**sums, model_file.name: hash_file(model_file)}
+        lines = [f"{digest}  {path}\n" for path, digest in sorted(every.items())]
         written = [
             model_file,
             self._write("modelfile.json", as_json),

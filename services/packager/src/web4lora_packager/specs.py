@@ -35,6 +35,7 @@ class PackageSpec:
         importance_matrix: Quantize with an importance matrix.
         importance_matrix_chunks: Its calibration text, in chunks of 512 tokens.
         base_gguf: Also convert the untrained base.
+        adapter_gguf: Also make the adapter's own GGUF, and its base's, quantized to the first type.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PackageSpec:
     importance_matrix: bool
     importance_matrix_chunks: int
     base_gguf: bool
+    adapter_gguf: bool
 
     def context_for(self, model_tokens: int | None) -> int:
         """Return the context length for a model that was trained for `model_tokens`.
@@ -107,6 +109,12 @@ def spec_of(message: packager_pb2.PackageSpec) -> PackageSpec:
         raise _invalid("importance_matrix_chunks", f"{chunks} is not within 1 and {_MAX_MATRIX_CHUNKS}")
     if asked.importance_matrix and dataset is None:
         raise _invalid("importance_matrix", "it is made from the training data: name the dataset too")
+    if asked.adapter_gguf and quantizations[0] in NEED_MATRIX:
+        raise _invalid(
+            "adapter_gguf",
+            f"the base is quantized to {quantizations[0]} too, without an importance matrix, which that type "
+            "needs: put another type first",
+        )
     return PackageSpec(
         name=message.name,
         base=_reference("base", message.base, "base_model"),
@@ -119,6 +127,7 @@ def spec_of(message: packager_pb2.PackageSpec) -> PackageSpec:
         importance_matrix=asked.importance_matrix,
         importance_matrix_chunks=chunks,
         base_gguf=message.base_gguf,
+        adapter_gguf=asked.adapter_gguf,
     )
 
 

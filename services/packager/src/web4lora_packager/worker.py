@@ -19,7 +19,7 @@ from web4lora_chassis.settings import load
 from web4lora_llamacpp import LlamaCpp, ensure_built
 
 from web4lora_packager.adapter import ADAPTER_FILES
-from web4lora_packager.base_gguf import base_gguf
+from web4lora_packager.base_gguf import BaseGgufs
 from web4lora_packager.package import REFERENCE_NAME, GgufReport, Package, Packaging
 from web4lora_packager.settings import PackagerSettings
 from web4lora_packager.specs import PackageSpec, spec_of
@@ -40,18 +40,14 @@ def run_package(context: JobContext) -> Mapping[str, Any]:
     base = _fetch(store, spec.base, base_folder, context)
     adapter_folder = context.work_dir / "adapter"
     _fetch(store, spec.adapter, adapter_folder, context, only=ADAPTER_FILES)
+    bases = BaseGgufs(store, spec.base, base_folder, llama, context.work_dir, context.report)
     package = Packaging(
-        spec, base_folder, adapter_folder, _training(store, spec, context), _licence(base), llama,
+        spec, base_folder, adapter_folder, bases, _training(store, spec, context), _licence(base), llama,
         context.work_dir, settings.packager_load_timeout_seconds, context.report,
     ).run()  # fmt: skip
     result = _store(store, spec, llama, package, context)
     if spec.base_gguf:
-        tools = tool_versions() | {"llama.cpp": llama.version}
-        made = base_gguf(
-            store, spec.base, base_folder, llama, context.work_dir,
-            gguf_type=package.reference.type, tools=tools, report=context.report,
-        )  # fmt: skip
-        result.base_gguf.CopyFrom(ref_message(made))
+        result.base_gguf.CopyFrom(ref_message(bases.reference(package.reference.type)))
     return to_json(result)
 
 
@@ -118,7 +114,9 @@ def _store(
     """Put everything into the store and tell of it in the contract's words."""
     merged_files = {path.name: path for path in package.merged.iterdir()}
     ggufs = [package.reference, *package.quantized]
-    paths = [*merged_files.values(), *(gguf.path for gguf in ggufs), *package.files.values()]
+    switchable = package.switchable
+    alone = [switchable.adapter] if switchable else []
+    paths = [*merged_files.values(), *(gguf.path for gguf in (*ggufs, *alone)), *package.files.values()]
     total, done = sum(path.stat().st_size for path in paths), 0
 
     def advance(count: int) -> None:
@@ -141,11 +139,15 @@ def _store(
     for gguf in package.quantized:
         inputs = [refs[0], *calibration]
         refs.append(put("gguf", {gguf.path.name: gguf.path}, inputs, type=gguf.type))
-    files = put("report", package.files, refs)
+    adapters = [
+        put("gguf", {gguf.path.name: gguf.path}, [spec.base, spec.adapter], type=gguf.type) for gguf in alone
+    ]
+    bases = [switchable.base_ref] if switchable else []
+    files = put("report", package.files, [*refs, *adapters, *bases])
     reference, *quantized = [
         _gguf_message(gguf, ref, package.reference) for gguf, ref in zip(ggufs, refs, strict=True)
     ]
-    return packager_pb2.PackageResult(
+    result = packager_pb2.PackageResult(
         merged=ref_message(merged),
         merge=packager_pb2.MergeReport(
             adapter_tensors=package.merge.adapter_tensors,
@@ -158,6 +160,11 @@ def _store(
         files=ref_message(files),
         llama_cpp_version=llama.version,
     )
+    if switchable:
+        whole = package.reference
+        result.adapter_gguf.CopyFrom(_gguf_message(switchable.adapter, adapters[0], whole))
+        result.adapter_base.CopyFrom(_gguf_message(switchable.base, bases[0], whole))
+    return result
 
 
 def _gguf_message(gguf: GgufReport, ref: ArtifactRef, reference: GgufReport) -> packager_pb2.GgufFile:

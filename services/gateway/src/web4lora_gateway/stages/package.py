@@ -23,7 +23,9 @@ def _spec(inputs: Inputs) -> packager_pb2.PackageSpec:
 
 
 def _files(result: packager_pb2.PackageResult) -> tuple[Ref, ...]:
-    return (result.reference.artifact, *(quant.artifact for quant in result.quantized), result.files)
+    switchable = (result.adapter_gguf, result.adapter_base) if result.HasField("adapter_gguf") else ()
+    ggufs = (result.reference, *result.quantized, *switchable)
+    return (*(gguf.artifact for gguf in ggufs), result.files)
 
 
 def _artifacts(result: packager_pb2.PackageResult) -> tuple[Ref, ...]:

@@ -1,0 +1,69 @@
+"""The adapter as a GGUF of its own, which llama-server applies to a base and switches without a restart.
+
+Such a file has one alpha for all its tensors and scales each by alpha / rank; what PEFT does beyond that
+would be applied otherwise than it was trained, without a word, so it is refused.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from web4lora_chassis.errors import DataLoss, FailedPrecondition
+
+from web4lora_packager.adapter import Adapter
+from web4lora_packager.gguf_file import GgufHeader, read_header
+
+ADAPTER_NAME = "adapter.gguf"
+
+
+def require_convertible(adapter: Adapter) -> None:
+    """Refuse an adapter that a GGUF would not hold as it was trained.
+
+    Raises:
+        FailedPrecondition: It has what a GGUF adapter can't say.
+    """
+    config = adapter.config
+    beyond = {
+        "use_rslora": config.rank_stabilized,
+        "alpha_pattern": bool(config.alpha_pattern),
+        "modules_to_save": bool(config.modules_to_save),
+        "fan_in_fan_out": config.fan_in_fan_out,
+    }
+    found = [key for key, given in beyond.items() if given]
+    if found:
+        raise FailedPrecondition(
+            f"An adapter with {', '.join(found)} can't be a GGUF of its own: that would apply it otherwise "
+            "than it was trained.",
+            fix="Set package.adapter_gguf: false; the merged model is exact.",
+            reason="ADAPTER_NOT_CONVERTIBLE",
+        )
+
+
+def check_adapter(path: Path, adapter: Adapter) -> GgufHeader:
+    """Compare an adapter's GGUF with the adapter.
+
+    Args:
+        path: The GGUF.
+        adapter: What it was made from.
+
+    Returns:
+        The GGUF's header.
+
+    Raises:
+        DataLoss: They differ; the message says in what.
+    """
+    header = read_header(path)
+    weights = sum(prod(shape) for shape in adapter.shapes.values())
+    found = (header.kind, header.alpha, header.parameters)
+    wanted = ("adapter", float(np.float32(adapter.config.alpha)), weights)
+    if found != wanted:
+        told = "kind {}, alpha {}, {:,} weights"
+        raise DataLoss(
+            f"{path.name} failed its check: it has {told.format(*found)}, the adapter "
+            f"{told.format(*wanted)}.",
+            fix="Package again.",
+            reason="GGUF_CHECK_FAILED",
+        )
+    return header

@@ -1,0 +1,62 @@
+"""Which adapters can be a GGUF of their own, and that it is compared with what it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_llama
+from gguf import GGUFWriter
+from web4lora_chassis.errors import DataLoss, FailedPrecondition
+from web4lora_packager.adapter import Adapter
+from web4lora_packager.adapter_gguf import check_adapter, require_convertible
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.write_base(tmp_path_factory.mktemp("model") / "base")
+
+
+def test_a_plain_adapter_can_be_converted(tmp_path: Path, base: Path) -> None:
+    changes = {"rank_pattern": {"v_proj": 8}}  # each tensor brings its own rank
+    require_convertible(Adapter(tiny_llama.write_adapter(tmp_path / "a", base, **changes)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"modules_to_save": ["lm_head"]},
+        {"fan_in_fan_out": True},
+    ],
+)
+def test_what_a_gguf_would_apply_otherwise_is_refused(
+    tmp_path: Path, base: Path, changes: dict[str, Any]
+) -> None:
+    adapter = Adapter(tiny_llama.write_adapter(tmp_path / "a", base, **changes))
+    with pytest.raises(FailedPrecondition, match=next(iter(changes))) as caught:
+        require_convertible(adapter)
+    assert caught.value.reason == "ADAPTER_NOT_CONVERTIBLE"
+
+
+@pytest.mark.parametrize(("alpha", "lost"), [(16, 0), (8, 0), (16, 1)])
+def test_a_gguf_that_is_not_the_adapter_is_found(tmp_path: Path, base: Path, alpha: float, lost: int) -> None:
+    adapter = Adapter(tiny_llama.write_adapter(tmp_path / "a", base))
+    path = tmp_path / "adapter.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, shape in list(adapter.shapes.items())[lost:]:
+        writer.add_tensor(name, np.zeros(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if (alpha, lost) == (16, 0):
+        assert check_adapter(path, adapter).kind == "adapter"
+        return
+    with pytest.raises(DataLoss, match="failed its check"):
+        check_adapter(path, adapter)
