@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,12 +67,24 @@ class Stack:
     def put(self, gguf: Path, name: str = "demo") -> ArtifactRef:
         return self.store.put("gguf", name, {"model.Q4_1.gguf": gguf}, link=False)
 
-    def deploy(self, ref: ArtifactRef, name: str = "demo", **how: Any) -> deployer_pb2.DeployerJob:
+    def deploy(
+        self,
+        ref: ArtifactRef,
+        name: str = "demo",
+        adapters: Mapping[str, ArtifactRef] | None = None,
+        **how: Any,
+    ) -> deployer_pb2.DeployerJob:
         how = {"target": "llama-server", "context_tokens": 512, "parallel": 1, **how}
         request = deployer_pb2.CreateDeployerJobRequest(
             request_id=os.urandom(8).hex(),
             deploy=deployer_pb2.DeploySpec(
-                name=name, gguf=ref_message(ref), deploy=deployer_pb2.DeploySettings(**how)
+                name=name,
+                gguf=ref_message(ref),
+                deploy=deployer_pb2.DeploySettings(**how),
+                adapters=[
+                    deployer_pb2.AdapterSpec(name=each, gguf=ref_message(gguf))
+                    for each, gguf in (adapters or {}).items()
+                ],
             ),
         )
         return self.finish(self.api.CreateDeployerJob(request).job.job.id)
@@ -93,8 +105,16 @@ class Stack:
     def delete(self, deployment_id: str) -> None:
         self.api.DeleteDeployment(deployer_pb2.DeleteDeploymentRequest(id=deployment_id))
 
+    def set_adapters(self, name: str, **scales: float) -> dict[str, float]:
+        request = deployer_pb2.SetAdaptersRequest(id=name, scales=scales)
+        return scales_of(self.api.SetAdapters(request).deployment)
+
     def get(self, name: str) -> deployer_pb2.Deployment:
         return self.api.GetDeployment(deployer_pb2.GetDeploymentRequest(id=name)).deployment
+
+
+def scales_of(deployment: deployer_pb2.Deployment) -> dict[str, float]:
+    return {adapter.name: adapter.scale for adapter in deployment.adapters}
 
 
 def deployed(job: deployer_pb2.DeployerJob) -> deployer_pb2.Deployment:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from unit.deployer.records import record
 from web4lora_chassis.errors import NotFound
-from web4lora_deployer.deployments import Deployments
+from web4lora_deployer.deployments import Adapter, Deployments
 
 
 @pytest.fixture
@@ -62,6 +62,20 @@ def test_what_is_removed_leaves_its_name_and_its_file(deployments: Deployments) 
     deployments.remove(kept)  # again is no error
 
 
+def test_an_adapter_s_file_stays_as_long_as_somebody_serves_it(deployments: Deployments) -> None:
+    adapter = Adapter("tool", record("e").gguf, "eeee/adapter.gguf", "e" * 64, 10)
+    one, other = record("a", adapters=(adapter,)), record("b", adapters=(adapter,))
+    for item in (one, other):
+        deployments.save(item)
+    file = deployments.models / adapter.file
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    deployments.remove(one)
+    assert file.exists()
+    deployments.remove(other)
+    assert not file.parent.exists()
+
+
 @pytest.mark.parametrize("name", ["demo", "demo:vaaaaaaaa", "../../etc/passwd", "..:vaaaaaaaa", ""])
 def test_what_is_not_there_is_not_found(deployments: Deployments, name: str) -> None:
     with pytest.raises(NotFound):
@@ -95,6 +109,6 @@ def test_a_record_written_before_it_could_move_is_read(deployments: Deployments,
     deployments.save(record("a"))
     (place,) = (tmp_path / "deployments").glob("*.json")
     data = json.loads(place.read_text())
-    del data["leaving"]
+    del data["leaving"], data["adapters"]
     place.write_text(json.dumps(data))
     assert deployments.get("demo:vaaaaaaaa") == record("a")

@@ -20,6 +20,18 @@ def deploy_spec() -> deployer_pb2.DeploySpec:
     return deployer_pb2.DeploySpec(name="demo", gguf=ref("gguf"), files=ref("report"))
 
 
+@pytest.mark.parametrize("target", ["ollama", "docker"])
+def test_adapters_are_for_llama_server_alone(target: str) -> None:
+    spec = deploy_spec()
+    spec.adapters.add(name="tool", gguf=ref("gguf"))
+    check("deploy", spec)
+    spec.deploy.target = "llama-server"
+    check("deploy", spec)
+    spec.deploy.target = target
+    with pytest.raises(InvalidInput, match=f"{target} takes no adapters: llama-server alone can switch"):
+        check("deploy", spec)
+
+
 def verify_spec() -> deployer_pb2.VerifySpec:
     settings = deployer_pb2.VerifySettings(suite=ref("suite"))
     return deployer_pb2.VerifySpec(
@@ -49,6 +61,18 @@ def test_a_plain_spec_is_taken() -> None:
         ("deploy.target", lambda spec: setattr(spec.deploy, "target", "toaster")),
         ("deploy.context_tokens", lambda spec: setattr(spec.deploy, "context_tokens", 127)),
         ("deploy.parallel", lambda spec: setattr(spec.deploy, "parallel", 65)),
+        ("adapters[0].gguf", lambda spec: spec.adapters.add(name="tool", gguf=ref("adapter"))),
+        ("adapters[0].name", lambda spec: spec.adapters.add(name="A B", gguf=ref("gguf"))),
+        (
+            "adapters[1].name",
+            lambda spec: spec.adapters.extend([deployer_pb2.AdapterSpec(name="a", gguf=ref("gguf"))] * 2),
+        ),
+        (
+            "adapters",
+            lambda spec: spec.adapters.extend(
+                deployer_pb2.AdapterSpec(name=f"a{number}", gguf=ref("gguf")) for number in range(17)
+            ),
+        ),
     ],
 )
 def test_a_deploy_spec_out_of_bounds_names_the_field(

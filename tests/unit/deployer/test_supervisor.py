@@ -17,7 +17,7 @@ import psutil
 import pytest
 from unit.deployer.records import record
 from web4lora_chassis.settings import load
-from web4lora_deployer.deployments import Deployment, Deployments
+from web4lora_deployer.deployments import Adapter, Deployment, Deployments
 from web4lora_deployer.runtimes.base import State
 from web4lora_deployer.runtimes.llama_server import LlamaServerRuntime, ServerStatus, StatusFiles
 from web4lora_deployer.settings import DeployerSettings
@@ -34,6 +34,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        with open(sys.argv[sys.argv.index("--model") + 1] + ".posted", "a") as file:
+            file.write(f"{{self.path}} {{body}}\\n")
+        self.do_GET()
     def log_message(self, *_):
         pass
 server = HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler)
@@ -52,7 +57,7 @@ def free_port() -> int:
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeployerSettings:
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("llama-quantize", "llama-server", "llama-perplexity", "llama-imatrix", "llama-bench"):
+    for name in ("llama-quantize", "llama-server", "llama-imatrix", "llama-bench"):
         (tools / name).write_text(PROGRAM.format(python=sys.executable))
         (tools / name).chmod(0o755)
     monkeypatch.setenv("WEB4LORA_LLAMA_CPP", str(tools))
@@ -124,6 +129,39 @@ def test_a_server_that_dies_comes_back_on_its_port(deployments: Deployments, sta
     os.kill(before.pid, signal.SIGKILL)
     after = until(status, wanted, lambda found: is_serving(found) and found.pid != before.pid)
     assert after.port == before.port
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_adapters_begin_with_the_scales_last_set_and_get_others_as_they_are(
+    deployments: Deployments, status: StatusFiles
+) -> None:
+    names = ("tool", "st,yle")
+    adapters = tuple(Adapter(name, record("e").gguf, f"{name}.gguf", "e" * 64, 1) for name in names)
+    wanted = record("a", adapters=adapters)
+    for file in wanted.files:
+        (deployments.models / file).parent.mkdir(exist_ok=True)
+        (deployments.models / file).write_text("fine")
+    deployments.save(wanted)
+    before = until(status, wanted, is_serving)
+    assert before.scales == {"tool": 1, "st,yle": 0}
+    assert scaled(before, deployments) == '"{}/tool.gguf:1.0","{}/st,yle.gguf:0.0"'
+    deployments.save_scales(wanted, {"tool": 0.25, "st,yle": 1})
+    same = until(status, wanted, lambda found: found.scales == {"tool": 0.25, "st,yle": 1})
+    assert same.pid == before.pid
+    body = '[{"id": 0, "scale": 0.25}, {"id": 1, "scale": 1.0}]'
+    posted = deployments.path(wanted).with_name(f"{deployments.path(wanted).name}.posted")
+    assert posted.read_text() == f"/lora-adapters {body}\n"
+    os.kill(before.pid, signal.SIGKILL)
+    after = until(status, wanted, lambda found: is_serving(found) and found.pid != before.pid)
+    assert after.scales == same.scales
+    assert scaled(after, deployments) == '"{}/tool.gguf:0.25","{}/st,yle.gguf:1.0"'
+    assert len(posted.read_text().splitlines()) == 1
+
+
+def scaled(found: ServerStatus, deployments: Deployments) -> str:
+    words = psutil.Process(found.pid).cmdline()
+    assert "--no-cache-prompt" in words
+    return words[words.index("--lora-scaled") + 1].replace(str(deployments.models), "{}")
 
 
 @pytest.mark.usefixtures("supervisor")

@@ -15,16 +15,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore
+from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, Manifest
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput, NotFound, Web4Error
 from web4lora_chassis.jobs import Progress
 
 from web4lora_deployer import names
-from web4lora_deployer.deployments import Deployment, Deployments, Parameters
+from web4lora_deployer.adapters import require_adapter
+from web4lora_deployer.deployments import Adapter, Deployment, Deployments, Parameters
 from web4lora_deployer.first_answer import first_answer
 from web4lora_deployer.gguf_file import read_facts, require_model
 from web4lora_deployer.promotion import leave_others, make_room
-from web4lora_deployer.runtimes import AUTO, choose, open_runtime
+from web4lora_deployer.runtimes import AUTO, choose, llama_server, open_runtime
 from web4lora_deployer.runtimes.base import Deployed, Report, Runtime, State
 from web4lora_deployer.settings import DeployerSettings
 
@@ -47,6 +48,7 @@ class DeployRequest:
         context_tokens: Context length of one request; None takes the packager's advice, else 4096.
         parallel: Requests answered at once, where the runtime lets us choose.
         parameters: Fields of `Parameters` that win over the report's.
+        adapters: Artifacts of adapters to load beside the GGUF, by what people call them, in order.
     """
 
     name: str
@@ -56,6 +58,7 @@ class DeployRequest:
     context_tokens: int | None = None
     parallel: int = DEFAULT_PARALLEL
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str, ArtifactRef] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,14 @@ def deploy(
     started = time.monotonic()
     names.check_name(request.name)
     deployments = Deployments(settings.deployer_home)
-    runtime = _runtime(request.target, settings)
+    runtime = _runtime(request, settings)
     wanted = _fetch(request, runtime.target, deployments, store, work_dir, report)
     make_room(wanted, deployments, settings)
     before = _existing(deployments, wanted.id)
     if before is not None:
         wanted = _in_place_of(before, wanted, runtime)
+    else:
+        deployments.forget_scales(wanted)
     try:
         deployed = runtime.deploy(wanted, deployments.path(wanted), report)
         report(Progress(phase="first answer", message=f"{wanted.id} on {runtime.target}"))
@@ -128,9 +133,12 @@ def deploy(
     return DeployOutcome(wanted, deployed, ready_seconds, unchanged)
 
 
-def _runtime(target: str, settings: DeployerSettings) -> Runtime:
+def _runtime(request: DeployRequest, settings: DeployerSettings) -> Runtime:
     """Return the runtime to use, which is there and can take a model."""
+    target = llama_server.TARGET if request.adapters and request.target == AUTO else request.target
     runtime = choose(settings) if target == AUTO else open_runtime(target, settings)
+    if request.adapters and runtime.target != llama_server.TARGET:
+        raise llama_server.only_here(runtime.target)
     status = runtime.probe()
     if not status.usable:
         raise FailedPrecondition(
@@ -150,11 +158,51 @@ def _fetch(
     work_dir: Path,
     report: Report,
 ) -> Deployment:
-    """Bring the GGUF onto this machine, verified, and say what is wanted of it."""
-    manifest = store.manifest(request.gguf)
+    """Bring the GGUFs onto this machine, verified, and say what is wanted of them."""
+    model = _bring("", request.gguf, deployments, store, report)
+    brought = [model]
+    try:
+        facts = read_facts(deployments.models / model.file)
+        require_model(deployments.models / model.file, facts)
+        for name, ref in request.adapters.items():
+            _require_one_base(name, store.manifest(ref), store.manifest(request.gguf))
+            brought.append(_bring(name, ref, deployments, store, report))
+            require_adapter(name, deployments.models / brought[-1].file, facts)
+    except (InvalidInput, FailedPrecondition):
+        for each in brought:
+            deployments.drop_file(each.file)
+        raise
+    parameters = replace(_parameters(request.files, store, work_dir), **request.parameters)
+    context_tokens = request.context_tokens or parameters.context_tokens or DEFAULT_CONTEXT_TOKENS
+    adapters = tuple(brought[1:])
+    digests = [(adapter.name, adapter.sha256) for adapter in adapters]
+    deployment_id = names.candidate_id(request.name, model.sha256, digests)
+    return Deployment(
+        id=deployment_id,
+        name=request.name,
+        target=target,
+        gguf=request.gguf,
+        file=model.file,
+        sha256=model.sha256,
+        size_bytes=model.size_bytes,
+        parameters=parameters,
+        context_tokens=min(context_tokens, facts.context_tokens or context_tokens),
+        parallel=request.parallel,
+        generation=secrets.token_hex(8),
+        model=deployment_id,
+        created_at=time.time(),
+        adapters=adapters,
+    )
+
+
+def _bring(
+    name: str, ref: ArtifactRef, deployments: Deployments, store: ArtifactStore, report: Report
+) -> Adapter:
+    """Bring one GGUF onto this machine: an adapter, or the model itself, which has no name of its own."""
+    manifest = store.manifest(ref)
     if len(manifest.files) != 1:
         raise InvalidInput(
-            f"{request.gguf} has {len(manifest.files)} files; exactly one GGUF can be deployed.",
+            f"{ref} has {len(manifest.files)} files; exactly one GGUF can be deployed.",
             fix="Merge a split model into one file first: llama-gguf-split --merge.",
         )
     entry = manifest.files[0]
@@ -163,35 +211,29 @@ def _fetch(
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        report(Progress(phase="fetch", done=done, total=entry.size_bytes, unit="bytes"))
+        report(Progress(phase="fetch", done=done, total=entry.size_bytes, unit="bytes", message=name))
 
     folder = deployments.models / entry.sha256[:16]
-    store.get(request.gguf, folder, advance=advance)
-    file = f"{folder.name}/{entry.path}"
-    try:
-        facts = read_facts(folder / entry.path)
-        require_model(folder / entry.path, facts)
-    except InvalidInput:
-        deployments.drop_file(file)
-        raise
-    parameters = replace(_parameters(request.files, store, work_dir), **request.parameters)
-    context_tokens = request.context_tokens or parameters.context_tokens or DEFAULT_CONTEXT_TOKENS
-    deployment_id = names.candidate_id(request.name, entry.sha256)
-    return Deployment(
-        id=deployment_id,
-        name=request.name,
-        target=target,
-        gguf=request.gguf,
-        file=file,
-        sha256=entry.sha256,
-        size_bytes=entry.size_bytes,
-        parameters=parameters,
-        context_tokens=min(context_tokens, facts.context_tokens or context_tokens),
-        parallel=request.parallel,
-        generation=secrets.token_hex(8),
-        model=deployment_id,
-        created_at=time.time(),
+    store.get(ref, folder, advance=advance)
+    return Adapter(name, ref, f"{folder.name}/{entry.path}", entry.sha256, entry.size_bytes)
+
+
+def _require_one_base(name: str, adapter: Manifest, base: Manifest) -> None:
+    """Refuse an adapter that was trained on another base, as far as both say what they were made from.
+
+    Bases of one architecture and size can't be told apart by their files.
+    """
+    trained_on, served = (
+        {ref.digest: ref for ref in manifest.inputs if ref.kind == "base_model"}
+        for manifest in (adapter, base)
     )
+    if trained_on and served and not trained_on.keys() & served.keys():
+        raise FailedPrecondition(
+            f"The adapter {name} was trained on {next(iter(trained_on.values()))}, this base is made from "
+            f"{next(iter(served.values()))}.",
+            fix="Deploy it on the base it was trained on: base.*.gguf in the folder of its run.",
+            reason="BASE_MISMATCH",
+        )
 
 
 def _parameters(files: ArtifactRef | None, store: ArtifactStore, work_dir: Path) -> Parameters:
@@ -245,7 +287,7 @@ def _in_place_of(before: Deployment, wanted: Deployment, runtime: Runtime) -> De
     if _same(before, wanted):
         serves = before.loaded and runtime.health(before).state is not State.FAILED
         generation = before.generation if serves else wanted.generation
-        return replace(before, gguf=wanted.gguf, loaded=True, generation=generation)
+        return replace(before, gguf=wanted.gguf, adapters=wanted.adapters, loaded=True, generation=generation)
     others = dict.fromkeys((*before.leaving, before.target))
     return replace(wanted, leaving=tuple(target for target in others if target != wanted.target))
 
@@ -253,7 +295,7 @@ def _in_place_of(before: Deployment, wanted: Deployment, runtime: Runtime) -> De
 def _same(before: Deployment, wanted: Deployment) -> bool:
     """Say whether what is deployed is what is wanted."""
     left, right = (
-        (record.target, record.file, record.parameters, record.context_tokens, record.parallel)
+        (record.target, record.files, record.parameters, record.context_tokens, record.parallel)
         for record in (before, wanted)
     )
     return left == right

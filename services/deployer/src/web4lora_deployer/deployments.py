@@ -1,8 +1,10 @@
 """What is deployed, on disk: one file a candidate, one a name. Whoever crashes leaves the old or the new.
 
 `deployments/<id>.json` is what is wanted; the deploy job writes it, and the supervisor in the service makes
-it so where the runtime is llama-server. `names/<name>.json` says which candidate serves under a name, and
-which did before; `names/<name>.lock` is held by who changes that, in whatever process.
+it so where the runtime is llama-server. `scales/<id>.json` is how strongly its adapters are wanted, in a file
+of its own because the service sets that while a job may write the other. `names/<name>.json` says which
+candidate serves under a name, and which did before; `names/<name>.lock` is held by who changes that, in
+whatever process.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import fcntl
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -45,6 +47,25 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter that llama-server loads beside its model.
+
+    Attributes:
+        name: What people call it.
+        gguf: The artifact.
+        file: The GGUF, relative to the folder of models.
+        sha256: Of the file, 64 lower-case hex digits.
+        size_bytes: Of the file.
+    """
+
+    name: str
+    gguf: ArtifactRef
+    file: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Deployment:
     """A model in a runtime, as it is wanted.
 
@@ -66,6 +87,7 @@ class Deployment:
         runtime_version: Version of the runtime it was brought into.
         created_at: Seconds since 1970.
         leaving: Runtimes that it was in before, and that still have to let go of it.
+        adapters: Adapters on it, in the order they were given in; see `Deployments.scales`.
     """
 
     id: str
@@ -85,6 +107,12 @@ class Deployment:
     runtime_version: str = ""
     created_at: float = 0.0
     leaving: tuple[str, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files it serves, relative to the folder of models."""
+        return (self.file, *(adapter.file for adapter in self.adapters))
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -97,6 +125,10 @@ class Deployment:
                 "gguf": ArtifactRef.from_json(data["gguf"]),
                 "parameters": Parameters(**parameters),
                 "leaving": tuple(data.get("leaving", ())),
+                "adapters": tuple(
+                    Adapter(**{**adapter, "gguf": ArtifactRef.from_json(adapter["gguf"])})
+                    for adapter in data.get("adapters", ())
+                ),
             }
         )
 
@@ -138,8 +170,9 @@ class Deployments:
     def __init__(self, root: Path) -> None:
         self._records = root / "deployments"
         self._names = root / "names"
+        self._scales = root / "scales"
         self.models = root / "models"
-        for folder in (self._records, self._names, self.models):
+        for folder in (self._records, self._names, self._scales, self.models):
             folder.mkdir(parents=True, exist_ok=True)
 
     def list(self) -> list[Deployment]:
@@ -181,7 +214,7 @@ class Deployments:
         write_json(self._records / file_name(record.id), asdict(record))
 
     def remove(self, record: Deployment) -> None:
-        """Forget a deployment, its place under its name, and its file when no other one serves it.
+        """Forget a deployment, its place under its name, and its files when no other one serves them.
 
         Its record goes last: until then a crash leaves what doing it again finds.
         """
@@ -190,7 +223,9 @@ class Deployments:
             (self._names / f"{record.name}.json").unlink(missing_ok=True)
         elif name is not None and name.without(record.id) != name:
             self._save_name(name.without(record.id))
-        self.drop_file(record.file, but=record.id)
+        for file in record.files:
+            self.drop_file(file, but=record.id)
+        self.forget_scales(record)
         (self._records / file_name(record.id)).unlink(missing_ok=True)
 
     def drop_file(self, file: str, *, but: str = "") -> None:
@@ -200,12 +235,32 @@ class Deployments:
             file: Relative to the folder of models.
             but: Id of a deployment that does not count.
         """
-        if any(other.file == file for other in self._load() if other.id != but):
+        if any(file in other.files for other in self._load() if other.id != but):
             return
         model = self.models / file
         model.unlink(missing_ok=True)
         if model.parent.is_dir() and not any(model.parent.iterdir()):
             model.parent.rmdir()
+
+    def scales(self, record: Deployment) -> dict[str, float]:
+        """Return how strongly each of a deployment's adapters is wanted, by name and in their order.
+
+        As long as nothing was set, the first one is at 1 and the others are at 0.
+        """
+        default = {adapter.name: float(number == 0) for number, adapter in enumerate(record.adapters)}
+        try:
+            wanted = json.loads((self._scales / file_name(record.id)).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return default
+        return {name: float(wanted.get(name, scale)) for name, scale in default.items()}
+
+    def save_scales(self, record: Deployment, scales: Mapping[str, float]) -> None:
+        """Write how strongly a deployment's adapters are wanted from now on."""
+        write_json(self._scales / file_name(record.id), dict(scales))
+
+    def forget_scales(self, record: Deployment) -> None:
+        """Take the adapters' scales back to what they are at first."""
+        (self._scales / file_name(record.id)).unlink(missing_ok=True)
 
     def name(self, name: str) -> Name | None:
         """Return what a name stands for, or None when nothing was promoted to it."""

@@ -66,6 +66,7 @@ class GgufFacts:
         eos: Text of the token that ends an answer; empty when it has none.
         values: The simple values by key; lists are left out.
         end_bytes: Where the last tensor ends: a shorter file is cut off.
+        shapes: Sizes of each tensor by its name, the length of a row first.
     """
 
     architecture: str
@@ -77,6 +78,7 @@ class GgufFacts:
     eos: str
     values: dict[str, Value] = field(default_factory=dict)
     end_bytes: int = 0
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def cache_bytes(self, tokens: int) -> int:
         """Return the size of the key-value cache for so many tokens of context, full attention assumed."""
@@ -94,11 +96,17 @@ class GgufFacts:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor: how many weights, of which type, and where its data is."""
+    """One tensor: its name and sizes, of which type it is, and where its data is."""
 
-    weights: int
+    name: str
+    shape: tuple[int, ...]
     kind: int
     offset: int
+
+    @property
+    def weights(self) -> int:
+        """Number of its weights."""
+        return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
@@ -123,7 +131,7 @@ def require_model(path: Path, facts: GgufFacts) -> None:
     problem = fix = ""
     if kind == "adapter":
         problem = "is a LoRA adapter, not a model"
-        fix = "Merge it with its base model first: `web4lora run` does, or llama-export-lora."
+        fix = "Serve it on its base: `web4lora deploy BASE.gguf --name NAME --adapter NAME=ADAPTER.gguf`."
     elif kind in ("mmproj", "imatrix") or facts.architecture == "clip":
         problem = f"is no language model: it holds {kind if kind != 'model' else facts.architecture} data"
         fix = "Name the GGUF of the language model."
@@ -172,19 +180,20 @@ def _read(file: BinaryIO) -> GgufFacts:
             tokens = words or tokens
         else:
             values[key] = _text(file) if kind == _STRING else _number(file, _SIMPLE[kind])
-    shapes = [_tensor(file) for _ in range(tensors)]
+    found = [_tensor(file) for _ in range(tensors)]
     architecture = str(values.get("general.architecture", ""))
     file_type = values.get("general.file_type")
     return GgufFacts(
         architecture=architecture,
         context_tokens=int(values.get(f"{architecture}.context_length", 0)),
         quantization=_FILE_TYPES.get(file_type, "") if isinstance(file_type, int) else "",
-        parameters=sum(tensor.weights for tensor in shapes),
+        parameters=sum(tensor.weights for tensor in found),
         chat_template=str(values.get("tokenizer.chat_template", "")),
         bos=_token(tokens, values.get("tokenizer.ggml.bos_token_id")),
         eos=_token(tokens, values.get("tokenizer.ggml.eos_token_id")),
         values=values,
-        end_bytes=_end(file.tell(), int(values.get("general.alignment", _ALIGNMENT)), shapes),
+        end_bytes=_end(file.tell(), int(values.get("general.alignment", _ALIGNMENT)), found),
+        shapes={tensor.name: tensor.shape for tensor in found},
     )
 
 
@@ -230,12 +239,12 @@ def _array(file: BinaryIO, *, keep: bool) -> list[str]:
 
 def _tensor(file: BinaryIO) -> _Tensor:
     """Read one tensor's entry."""
-    _text(file)
+    name = _text(file)
     dimensions = int(_number(file, "<I"))
     if dimensions > 8:
         raise ValueError(f"a tensor of {dimensions} dimensions is not believable")
-    weights = math.prod(int(_number(file, "<Q")) for _ in range(dimensions))
-    return _Tensor(weights, kind=int(_number(file, "<I")), offset=int(_number(file, "<Q")))
+    shape = tuple(int(_number(file, "<Q")) for _ in range(dimensions))
+    return _Tensor(name, shape, kind=int(_number(file, "<I")), offset=int(_number(file, "<Q")))
 
 
 def _end(header_bytes: int, alignment: int, tensors: Sequence[_Tensor]) -> int:

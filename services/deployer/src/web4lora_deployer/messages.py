@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from web4.lora.v1 import deployer_pb2
 from web4lora_chassis.rpc import ref_message
 
@@ -9,13 +11,16 @@ from web4lora_deployer.deployments import Deployment, Name
 from web4lora_deployer.runtimes.base import Health, RuntimeStatus
 
 
-def deployment_message(record: Deployment, health: Health, name: Name | None) -> deployer_pb2.Deployment:
+def deployment_message(
+    record: Deployment, health: Health, name: Name | None, scales: Mapping[str, float]
+) -> deployer_pb2.Deployment:
     """Return a deployment and how it does as a message.
 
     Args:
         record: The deployment.
         health: How it does.
         name: What its name stands for; None when nothing was promoted to that.
+        scales: How strongly each of its adapters is applied.
     """
     deployed = health.deployed
     promoted = name is not None and name.current == record.id
@@ -32,6 +37,12 @@ def deployment_message(record: Deployment, health: Health, name: Name | None) ->
         runtime_version=deployed.version if deployed else record.runtime_version,
         context_tokens=record.context_tokens,
         promoted=promoted,
+        adapters=[
+            deployer_pb2.Adapter(
+                name=adapter.name, scale=scales[adapter.name], gguf=ref_message(adapter.gguf)
+            )
+            for adapter in record.adapters
+        ],
     )
     message.create_time.FromMilliseconds(int(record.created_at * 1000))
     return message

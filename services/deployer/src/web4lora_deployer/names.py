@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable
 
 from web4lora_chassis.errors import InvalidInput
 
@@ -30,9 +32,17 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None and len(text) <= _NAME_LENGTH
 
 
-def candidate_id(name: str, sha256: str) -> str:
-    """Return the id of a file deployed under a name: `name:v<first 8 digits of the file's SHA-256>`."""
-    return f"{name}:v{sha256[:8]}"
+def candidate_id(name: str, sha256: str, adapters: Iterable[tuple[str, str]] = ()) -> str:
+    """Return the id of a file deployed under a name: `name:v<first 8 digits of the file's SHA-256>`.
+
+    Args:
+        name: The name.
+        sha256: Of the file.
+        adapters: Name and SHA-256 of each adapter beside it, in their order; they change the id too.
+    """
+    rows = [f"{adapter}={digest}" for adapter, digest in adapters]
+    digest = hashlib.sha256("\n".join([sha256, *rows]).encode()).hexdigest() if rows else sha256
+    return f"{name}:v{digest[:8]}"
 
 
 def is_candidate_id(text: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from web4lora_chassis.errors import FailedPrecondition
 from web4lora_chassis.jobs import Progress
 
 from web4lora_deployer.deployments import Deployments
@@ -58,6 +59,7 @@ def push(request: PushRequest, settings: DeployerSettings, report: Report) -> Pu
 
     Raises:
         InvalidInput: The reference has another form, or the registry takes no such name.
+        FailedPrecondition: The deployment has adapters.
         NotFound: No such deployment.
         Unauthenticated: The registry does not let us push there.
         Unavailable: It is out of reach, or busy.
@@ -67,6 +69,12 @@ def push(request: PushRequest, settings: DeployerSettings, report: Report) -> Pu
     place = parse_reference(request.reference)
     deployments = Deployments(settings.deployer_home)
     record = deployments.find(request.deployment)
+    if record.adapters:
+        raise FailedPrecondition(
+            f"{record.id} has adapters, which an OCI model can't hold.",
+            fix="Push the merged model: `web4lora run` deploys it.",
+            reason="HAS_ADAPTERS",
+        )
     place = place if place.tag else replace(place, tag=record.id.rpartition(":")[2])
     file = deployments.path(record)
     model = build(record, file, read_facts(file))

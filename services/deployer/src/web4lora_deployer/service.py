@@ -14,10 +14,11 @@ from web4lora_chassis.errors import InvalidInput
 from web4lora_chassis.rpc import JobApi, ref_of
 
 from web4lora_deployer import names, promotion
+from web4lora_deployer.adapters import set_scales
 from web4lora_deployer.deployments import Deployment, Deployments
 from web4lora_deployer.messages import deployment_message, runtime_message
 from web4lora_deployer.registry import parse_reference
-from web4lora_deployer.runtimes import AUTO, RUNTIMES, check_target, open_runtime
+from web4lora_deployer.runtimes import AUTO, RUNTIMES, check_target, llama_server, open_runtime
 from web4lora_deployer.settings import DeployerSettings
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _CONTEXT_TOKENS = (128, 1 << 20)
 _PARALLEL = (1, 64)
 _HOTTEST = 2.0
 _MAX_AGAINST = 4
+_MAX_ADAPTERS = 16
 
 
 class DeployerService(deployer_pb2_grpc.DeployerServiceServicer):
@@ -125,10 +127,19 @@ class DeployerService(deployer_pb2_grpc.DeployerServiceServicer):
         await asyncio.to_thread(promotion.delete, request.id, self._settings)
         return deployer_pb2.DeleteDeploymentResponse()
 
+    async def SetAdapters(
+        self, request: deployer_pb2.SetAdaptersRequest, _context: Context
+    ) -> deployer_pb2.SetAdaptersResponse:
+        """Set how strongly a deployment's adapters are applied."""
+        record = await asyncio.to_thread(set_scales, request.id, dict(request.scales), self._settings)
+        return deployer_pb2.SetAdaptersResponse(deployment=await self._message(record))
+
     async def _message(self, record: Deployment) -> deployer_pb2.Deployment:
         runtime = open_runtime(record.target, self._settings)
         health = await asyncio.to_thread(runtime.health, record)
-        return deployment_message(record, health, self._deployments.name(record.name))
+        return deployment_message(
+            record, health, self._deployments.name(record.name), self._deployments.scales(record)
+        )
 
 
 def check(
@@ -172,6 +183,29 @@ def _check_deploy(spec: deployer_pb2.DeploySpec) -> None:
         )
     if not all(spec.parameters.stop):
         raise InvalidInput("parameters.stop holds an empty text.", metadata={"field": "parameters.stop"})
+    _check_adapters(spec)
+
+
+def _check_adapters(spec: deployer_pb2.DeploySpec) -> None:
+    known: set[str] = set()
+    for number, adapter in enumerate(spec.adapters):
+        field, name = f"adapters[{number}]", adapter.name
+        _check_ref(f"{field}.gguf", adapter.gguf, "gguf")
+        if not names.is_name(name) or name in known:
+            why = "which another one has" if name in known else "which can't be a name"
+            raise InvalidInput(
+                f"{field}.name is {name!r}, {why}.",
+                fix="Give each a name of its own, of a-z and 0-9, with single dots, dashes or underscores.",
+                metadata={"field": f"{field}.name"},
+            )
+        known.add(name)
+    if len(known) > _MAX_ADAPTERS:
+        raise InvalidInput(
+            f"adapters names {len(known)}; {_MAX_ADAPTERS} are the most.", metadata={"field": "adapters"}
+        )
+    target = spec.deploy.target if spec.deploy.HasField("target") else AUTO
+    if known and target not in (AUTO, llama_server.TARGET):
+        raise llama_server.only_here(target)
 
 
 def _check_range(field: str, value: int, low: int, high: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from web4lora_chassis.errors import FailedPrecondition, Web4Error
+from web4lora_chassis.errors import FailedPrecondition, Unavailable, Web4Error
 from web4lora_llamacpp import LlamaCpp, LlamaServer, find
 
 from web4lora_deployer.deployments import Deployment, Deployments
@@ -104,7 +104,7 @@ class Supervisor:
         for deployment_id, record in wanted.items():
             if deployment_id not in self._keepers:
                 self._keepers[deployment_id] = keeper = _Keeper(
-                    record, self._deployments.path(record), self._settings, self._status, self._ports
+                    record, self._deployments, self._settings, self._status, self._ports
                 )
                 keeper.start()
 
@@ -162,11 +162,16 @@ class _Keeper:
     """Looks after the server of one deployment, in a thread of its own."""
 
     def __init__(
-        self, record: Deployment, file: Path, settings: DeployerSettings, status: StatusFiles, ports: _Ports
+        self,
+        record: Deployment,
+        deployments: Deployments,
+        settings: DeployerSettings,
+        status: StatusFiles,
+        ports: _Ports,
     ) -> None:
         self.generation = record.generation
         self._record = record
-        self._file = file
+        self._deployments = deployments
         self._settings = settings
         self._files = status
         self._ports = ports
@@ -236,15 +241,20 @@ class _Keeper:
         llama = self._llama()
         _trim(self._log)
         port = self._ports.take(self._record.id)
+        scales = self._deployments.scales(self._record)
         server = LlamaServer(
             llama,
-            self._file,
+            self._deployments.path(self._record),
             host=self._settings.llama_server_host,
             port=port,
             context_tokens=self._record.context_tokens,
             parallel=self._record.parallel,
             log_file=self._log,
             alias=self._record.model,
+            adapters=[
+                (self._deployments.models / adapter.file, scales[adapter.name])
+                for adapter in self._record.adapters
+            ],
             # Of requests that name none; llama-server's own default would be 0.8.
             options=("--temp", f"{self._record.parameters.temperature:g}"),
         )
@@ -266,7 +276,10 @@ class _Keeper:
                 started_at=_started_at(server.pid),
                 version=llama.version,
                 failures=0,
+                scales=scales,
             )
+            while not self._scaled(server) and server.alive and not self._stop.wait(_TICK_SECONDS):
+                pass  # other scales were asked for while it was loading, and it is busy already
             self._say(State.SERVING, "")
             return self._watch(server)
 
@@ -279,6 +292,7 @@ class _Keeper:
                 return "llama-server ended by itself"
             if failures == 0:
                 self._fine_at = time.monotonic()
+            self._scaled(server)
             if self._status.crashes and self._fine_at - ready_at > _STEADY_SECONDS:
                 self._status = replace(self._status, crashes=0)
                 self._say(State.SERVING, "")
@@ -289,6 +303,22 @@ class _Keeper:
             if failures >= _HEALTH_FAILURES:
                 return f"llama-server did not answer {failures} times in a row"
         return "it was not wanted any more"
+
+    def _scaled(self, server: LlamaServer) -> bool:
+        """Let the server apply its adapters as strongly as was last asked for; say whether it does.
+
+        Nobody else tells it: so what was asked for last is what it applies at last.
+        """
+        wanted = self._deployments.scales(self._record) if self._record.adapters else {}
+        if wanted != self._status.scales:
+            try:
+                server.set_adapters(list(wanted.values()))
+            except Unavailable as error:  # tried again at the next look
+                log.warning("%s: %s", self._record.id, error.message)
+                return False
+            self._status = replace(self._status, scales=wanted)
+            self._files.write(self._record.id, self._status)
+        return True
 
     def _llama(self) -> LlamaCpp:
         """Return the tools, which the job that asked for the deployment has built."""

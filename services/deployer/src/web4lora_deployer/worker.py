@@ -42,13 +42,15 @@ def run_deploy(context: JobContext) -> Mapping[str, Any]:
         context_tokens=how.context_tokens if how.HasField("context_tokens") else None,
         parallel=how.parallel if how.HasField("parallel") else DEFAULT_PARALLEL,
         parameters=_parameters(spec.parameters),
+        adapters={adapter.name: ref_of(adapter.gguf) for adapter in spec.adapters},
     )
     outcome = deploy(request, settings, open_store(settings), context.work_dir, context.report)
     health = Health(State.SERVING, deployed=outcome.deployed)
-    name = Deployments(settings.deployer_home).name(outcome.deployment.name)
+    deployments = Deployments(settings.deployer_home)
+    name, scales = deployments.name(outcome.deployment.name), deployments.scales(outcome.deployment)
     return to_json(
         deployer_pb2.DeployResult(
-            deployment=deployment_message(outcome.deployment, health, name),
+            deployment=deployment_message(outcome.deployment, health, name, scales),
             ready_seconds=outcome.ready_seconds,
             unchanged=outcome.unchanged,
         )

@@ -116,6 +116,13 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         await self._workers.delete(request.id)
         return gateway_pb2.GatewayServiceDeleteDeploymentResponse()
 
+    async def SetAdapters(
+        self, request: gateway_pb2.GatewayServiceSetAdaptersRequest, _: Context
+    ) -> gateway_pb2.GatewayServiceSetAdaptersResponse:
+        """See the contract."""
+        deployment = await self._workers.set_adapters(request.id, request.scales)
+        return gateway_pb2.GatewayServiceSetAdaptersResponse(deployment=deployment)
+
     async def CreateDeployerJob(
         self, request: gateway_pb2.GatewayServiceCreateDeployerJobRequest, _: Context
     ) -> gateway_pb2.GatewayServiceCreateDeployerJobResponse:

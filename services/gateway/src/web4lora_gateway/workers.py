@@ -29,6 +29,7 @@ AWAY = "SERVICE_AWAY"
 
 _CALL_TIMEOUT_SECONDS = 10.0
 _LOAD_TIMEOUT_SECONDS = 900.0  # a large model is loaded, and deleting one may wait for another's load
+_SET_TIMEOUT_SECONDS = 30.0  # llama-server takes the scales of adapters between two batches
 _LOOK_TIMEOUT_SECONDS = 3.0
 _PAGE_SIZE = 200
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
@@ -206,6 +207,13 @@ class Workers:
         """Take a deployment out of its runtime; what is gone already is no error."""
         request = deployer_pb2.DeleteDeploymentRequest(id=deployment_id)
         await self.deployer._call("DeleteDeployment", request, _LOAD_TIMEOUT_SECONDS)
+
+    async def set_adapters(self, deployment_id: str, scales: Mapping[str, float]) -> deployer_pb2.Deployment:
+        """Set how strongly a deployment's adapters are applied; safe to repeat."""
+        request = deployer_pb2.SetAdaptersRequest(id=deployment_id, scales=scales)
+        answer = await self.deployer._call("SetAdapters", request, _SET_TIMEOUT_SECONDS)
+        found: deployer_pb2.Deployment = answer.deployment
+        return found
 
     async def create_deployer_job(
         self, request: deployer_pb2.CreateDeployerJobRequest

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import httpx
 import psutil
 import web4lora_llamacpp
-from web4lora_chassis.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from web4lora_chassis.errors import FailedPrecondition, InvalidInput, ResourceExhausted, Unavailable
 from web4lora_chassis.jobs import Progress
 from web4lora_chassis.jobs.record import write_json
 
@@ -34,6 +34,7 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.1
 _READY_SECONDS = 900.0
 _STOP_SECONDS = 20.0
+_SCALES_SECONDS = 20.0
 _ANSWER_SECONDS = 300.0
 _OVERHEAD_BYTES = 300 << 20
 _MANY_CRASHES = 5  # some 8 s of pauses between them: whatever passes by itself has passed
@@ -54,6 +55,7 @@ class ServerStatus:
         version: Of llama.cpp.
         failures: Starts in a row that did not get as far as serving.
         crashes: Ends in a row, none of which had served for a while before.
+        scales: How strongly it applies each of the adapters, by name.
     """
 
     generation: str = ""
@@ -66,6 +68,7 @@ class ServerStatus:
     version: str = ""
     failures: int = 0
     crashes: int = 0
+    scales: dict[str, float] = field(default_factory=dict)
 
 
 class StatusFiles:
@@ -127,7 +130,10 @@ class LlamaServerRuntime:
         web4lora_llamacpp.ensure_built(self._cache, report)
         running = self._status.read(deployment.id)
         if running is None or running.state is not State.SERVING:
-            require_memory(deployment.id, file, deployment.context_tokens, deployment.parallel)
+            beside = sum(adapter.size_bytes for adapter in deployment.adapters)
+            require_memory(
+                deployment.id, file, deployment.context_tokens, deployment.parallel, beside_bytes=beside
+            )
         self._deployments.save(deployment)
         started = time.monotonic()
 
@@ -171,6 +177,26 @@ class LlamaServerRuntime:
             detail = f"llama-server ended {status.crashes} times in a row: {detail}".rstrip(": ")
         return Health(status.state, detail, deployed, broken)
 
+    def await_scales(self, deployment: Deployment) -> None:
+        """Wait until a server that serves applies its adapters as strongly as was last asked for.
+
+        Raises:
+            Unavailable: It does not take the scales in time.
+        """
+
+        def applied() -> bool | None:
+            status = self._status.read(deployment.id)
+            if status is None or (status.generation, status.state) != (deployment.generation, State.SERVING):
+                return True  # it begins with them
+            return status.scales == self._deployments.scales(deployment) or None
+
+        if not _wait(applied, _SCALES_SECONDS):
+            raise Unavailable(
+                f"llama-server of {deployment.id} is busy: it has not taken the scales of its adapters yet.",
+                fix="They are kept, and it gets them as soon as it takes them. Ask again to see when.",
+                reason="ADAPTERS_NOT_SET",
+            )
+
     def memory_bytes(self, deployment: Deployment) -> int:
         """Return the resident memory of the server's process, the mapped part of the file included."""
         status = self._status.read(deployment.id)
@@ -195,6 +221,16 @@ class LlamaServerRuntime:
 
         if not _wait(stopped, _STOP_SECONDS):
             raise Unavailable(f"llama-server of {deployment.id} has not stopped yet.", fix="Try again.")
+
+
+def only_here(target: str) -> InvalidInput:
+    """Return the error for adapters that another runtime was to take."""
+    return InvalidInput(
+        f"{target} takes no adapters: llama-server alone can switch between them.",
+        fix="Use the target llama-server, or deploy a merged model.",
+        reason="ADAPTERS_NOT_TAKEN",
+        metadata={"field": "deploy.target"},
+    )
 
 
 def _base(deployed: Deployed) -> str:
@@ -242,7 +278,9 @@ def _wait(condition: Callable[[], T | None], seconds: float) -> T | None:
     return value
 
 
-def require_memory(what: str, file: Path, context_tokens: int, parallel: int) -> None:
+def require_memory(
+    what: str, file: Path, context_tokens: int, parallel: int, *, beside_bytes: int = 0
+) -> None:
     """Refuse a model that this machine's free memory can't hold: better than a machine that swaps.
 
     Args:
@@ -250,12 +288,13 @@ def require_memory(what: str, file: Path, context_tokens: int, parallel: int) ->
         file: The GGUF.
         context_tokens: Context of each request.
         parallel: Requests at once.
+        beside_bytes: Size of its adapters.
 
     Raises:
         ResourceExhausted: Memory does not suffice.
     """
     cache = read_facts(file).cache_bytes(context_tokens * parallel)
-    need = file.stat().st_size + cache + _OVERHEAD_BYTES
+    need = file.stat().st_size + beside_bytes + cache + _OVERHEAD_BYTES
     free = psutil.virtual_memory().available
     if need > free:
         raise ResourceExhausted(
