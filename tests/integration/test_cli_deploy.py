@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import httpx
+import lora_files
 import pytest
 from servers.fixtures import free_port
 from servers.registries import PASSWORD, USER, RegistryServer, private_registry
@@ -131,6 +132,43 @@ def test_a_candidate_leaves_the_name_where_it_is(desk: Desk, gguf: Path) -> None
     assert "deployments promote other:v" in text
     (deployment,) = desk.json("deployments", "list")
     assert not deployment["promoted"]
+
+
+def test_adapters_are_deployed_shown_and_switched(desk: Desk, gguf: Path, llama_cpp: LlamaCpp) -> None:
+    for seed, name in enumerate(("tool", "style"), 1):
+        (desk.root / name).mkdir()
+        lora_files.adapter_gguf(llama_cpp, desk.root / name, seed)
+    words = ["deploy", str(gguf), "--name", "both", "--context", "512"]
+    for name in ("tool", "style"):
+        words += ["--adapter", f"{name}={name}/adapter.gguf"]
+    text = desk.run(*words)
+    assert "! adapters: tool 1, style 0" in text
+    assert "deployments adapters both --use style" in text
+    before = desk.json("deployments", "adapters", "both")
+    assert [(each["name"], each["scale"]) for each in before["adapters"]] == [("tool", 1), ("style", 0)]
+    assert before["adapters"][0]["gguf"]["name"] == "tool"
+    rows = desk.run("deployments", "adapters", "both", "--use", "style").splitlines()
+    assert [row.split()[:2] for row in rows] == [["adapter", "scale"], ["tool", "0"], ["style", "1"]]
+    rows = desk.run("deployments", "adapters", "both", "--set", "tool=0.5").splitlines()
+    assert [row.split()[:2] for row in rows[1:]] == [["tool", "0.5"], ["style", "1"]]
+    assert f"{before['id']}: adapters tool 0.5, style 1" in desk.run("deployments", "list")
+    status = desk.root / "home" / "deployer" / "status" / f"{before['id'].replace(':', '@')}.json"
+    assert json.loads(status.read_text())["scales"] == {"tool": 0.5, "style": 1}
+    assert desk.json(*words)["unchanged"]
+    for given, says, code in (
+        (["both", "--use", "tol"], f"{before['id']} has no adapter 'tol'.", 2),
+        (["both", "--set", "tool"], "--set tool: it needs ADAPTER=SCALE.", 2),
+        (["both", "--use", "tool", "--set", "tool=1"], "--use and --set can't go together.", 2),
+        (["gone", "--use", "tool"], "No model called 'gone' is deployed.", 1),
+        (["gone", "--set", "tool=1"], "There is no deployment 'gone'.", 1),
+    ):
+        assert says in desk.run("deployments", "adapters", *given, code=code)
+    assert "can't hold" in desk.run("deployments", "push", "both", "127.0.0.1:1/x/y", code=1)
+    for given, says in (
+        (["--adapter", "tool"], "--adapter tool: it needs NAME=GGUF."),
+        (["--adapter", "a=tool/adapter.gguf", "--target", "ollama"], "ollama takes no adapters"),
+    ):
+        assert says in desk.run("deploy", str(gguf), "--name", "both", *given, code=2)
 
 
 def test_ctrl_c_cancels_the_job_and_leaves_nothing_half_done(desk: Desk, gguf: Path) -> None:

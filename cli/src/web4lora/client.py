@@ -25,7 +25,7 @@ from web4lora_chassis.errors import InvalidInput, NotFound, Unavailable, Web4Err
 from web4lora_chassis.rpc import channel, error_of, ref_message, ref_of
 from web4lora_chassis.settings import Settings, load
 
-from web4lora.deployable import deploy_spec
+from web4lora.deployable import adapter_spec, deploy_spec
 from web4lora.docker_login import registry_login
 from web4lora.evaluation import Asked, evaluate_request, report_name
 from web4lora.home import load_settings
@@ -34,6 +34,7 @@ from web4lora.upload import store_dataset, store_suite
 
 _CALL_SECONDS = 30.0
 _LOAD_SECONDS = 900.0  # a large model is loaded before its name moves
+_SET_SECONDS = 40.0  # the deployer waits for llama-server to take them
 _AWAY_SECONDS = 60.0
 _PAGE = 100
 STAGES = tuple(name.removeprefix("STAGE_NAME_").lower() for name in gateway_pb2.StageName.keys()[1:])
@@ -294,6 +295,7 @@ class Client:
         system: str | None = None,
         temperature: float | None = None,
         license_text: str | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         request_id: str = "",
     ) -> deployer_pb2.DeployerJob:
         """Start to deploy a model as a candidate, beside what serves under its name; see `promote`.
@@ -308,6 +310,8 @@ class Client:
             system: System message of conversations that have none; None takes the report's.
             temperature: Of requests that name none; None takes the report's, else 0.
             license_text: The licence, its name or its text; None takes the report's.
+            adapters: GGUF files of LoRA adapters on the source, which is their base then, by what people will
+                call them. For llama-server alone; `set_adapters` switches. The first one is applied at first.
             request_id: Makes the call repeatable.
 
         Returns:
@@ -326,10 +330,40 @@ class Client:
         for field, given in (("system", system), ("temperature", temperature), ("license", license_text)):
             if given is not None:
                 setattr(spec.parameters, field, given)
+        spec.adapters.extend(
+            adapter_spec(each, file, run_of=self.get_run, open_store=lambda: self.store)
+            for each, file in (adapters or {}).items()
+        )
         request = deployer_pb2.CreateDeployerJobRequest(
             request_id=request_id or uuid.uuid4().hex, deploy=spec
         )
         return self.create_job(request)
+
+    def set_adapters(self, deployment: str, scales: Mapping[str, float]) -> deployer_pb2.Deployment:
+        """Set how strongly a deployment's adapters are applied, without a restart; safe to repeat.
+
+        Answers at work end as they began. The scales are kept: a server that starts again begins with them.
+
+        Args:
+            deployment: Its id or name.
+            scales: By the adapter's name: 0 is not at all, 1 as it was trained, at most 2. An adapter that is
+                not named keeps its scale.
+
+        Returns:
+            The deployment.
+
+        Raises:
+            NotFound: No such deployment.
+            InvalidInput: It has no such adapter, or a scale is out of bounds.
+            Unavailable: llama-server does not take them in time; it gets them once it does.
+        """
+        request = gateway_pb2.GatewayServiceSetAdaptersRequest(id=deployment, scales=scales)
+        return _seen_from_here(self._call(self._gateway.SetAdapters, request, _SET_SECONDS).deployment)
+
+    def use_adapter(self, deployment: str, adapter: str) -> deployer_pb2.Deployment:
+        """Apply one of a deployment's adapters as it was trained, and no other; see `set_adapters`."""
+        others = {each.name: 0.0 for each in self.deployment(deployment).adapters}
+        return self.set_adapters(deployment, {**others, adapter: 1.0})
 
     def push(
         self,

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from web4.lora.v1 import artifacts_pb2, deployer_pb2, gateway_pb2
-from web4lora_chassis.artifacts import ArtifactStore
+from web4lora_chassis.artifacts import ArtifactStore, hash_file
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput, NotFound
-from web4lora_chassis.rpc import ref_message
+from web4lora_chassis.rpc import ref_message, ref_of
 
 from web4lora.home import short
 
 _FILE = "model.gguf"  # the same for every file, so that the same bytes are the same artifact
+_ADAPTER_FILE = "adapter.gguf"
 _MAGIC = b"GGUF"
 
 
@@ -39,7 +40,12 @@ def deploy_spec(
     """
     path = Path(source)
     if path.is_file():
-        return deployer_pb2.DeploySpec(name=name, gguf=_stored(path, name, open_store))
+        if not name:
+            raise InvalidInput(
+                f"{short(path)} comes without a name.", fix=f"`web4lora deploy {short(path)} --name NAME`"
+            )
+        gguf = _of_a_run(path, run_of, open_store) or _stored(path, name, _FILE, open_store)
+        return deployer_pb2.DeploySpec(name=name, gguf=gguf)
     if path.is_dir():
         run_id = _run_id(path)
     elif path.suffix == ".gguf" or len(path.parts) > 1:
@@ -59,19 +65,70 @@ def deploy_spec(
     )
 
 
-def _stored(path: Path, name: str, open_store: Callable[[], ArtifactStore]) -> artifacts_pb2.ArtifactRef:
-    """Bring a GGUF file into the store, unless it is there."""
+def adapter_spec(
+    name: str,
+    source: str | Path,
+    *,
+    run_of: Callable[[str], gateway_pb2.Run],
+    open_store: Callable[[], ArtifactStore],
+) -> deployer_pb2.AdapterSpec:
+    """Return an adapter to deploy beside its base.
+
+    Args:
+        name: What people will call it.
+        source: Its GGUF file.
+        run_of: Returns a run by its id.
+        open_store: Returns the store; the file is brought into it unless it is there.
+
+    Raises:
+        InvalidInput: It has no name, or is no GGUF.
+        NotFound: There is no such file.
+    """
+    path = Path(source)
     if not name:
-        raise InvalidInput(
-            f"{short(path)} comes without a name.", fix=f"`web4lora deploy {short(path)} --name NAME`"
+        raise InvalidInput(f"{source} comes without a name.", fix=f"`--adapter NAME={source}`")
+    if not path.is_file():
+        raise NotFound(
+            f"{source} is not there.",
+            fix="Name the adapter.gguf of a run that had `package.adapter_gguf: true`, or another GGUF file.",
         )
+    gguf = _of_a_run(path, run_of, open_store) or _stored(path, name, _ADAPTER_FILE, open_store)
+    return deployer_pb2.AdapterSpec(name=name, gguf=gguf)
+
+
+def _of_a_run(
+    path: Path, run_of: Callable[[str], gateway_pb2.Run], open_store: Callable[[], ArtifactStore]
+) -> artifacts_pb2.ArtifactRef | None:
+    """Return the artifact that a file in a run's folder was linked from; None when it is no such file.
+
+    That says what the file was made from, so that base and adapter can be told to belong together.
+    """
+    try:
+        run = run_of(_run_id(path.parent))
+        results = [
+            stage.package_result for stage in run.stages if stage.WhichOneof("result") == "package_result"
+        ]
+        for package in results:
+            for gguf in (package.reference, *package.quantized, package.adapter_gguf, package.adapter_base):
+                if gguf.file_name == path.name:
+                    entry = open_store().manifest(ref_of(gguf.artifact)).file(path.name)
+                    return gguf.artifact if entry.sha256 == hash_file(path) else None
+    except NotFound:  # another gateway's run, or its artifacts are gone
+        pass
+    return None
+
+
+def _stored(
+    path: Path, name: str, file_name: str, open_store: Callable[[], ArtifactStore]
+) -> artifacts_pb2.ArtifactRef:
+    """Bring a GGUF file into the store, unless it is there."""
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:  # told before gigabytes are copied; the deployer looks closer
             raise InvalidInput(
                 f"{short(path)} is no GGUF file: it does not begin with GGUF.",
                 fix="Name a .gguf made by the packager or by llama.cpp.",
             )
-    return ref_message(open_store().put("gguf", name, {_FILE: path}, created_by="client", link=False))
+    return ref_message(open_store().put("gguf", name, {file_name: path}, created_by="client", link=False))
 
 
 def _run_id(folder: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from web4.lora.v1 import deployer_pb2, gateway_pb2, packager_pb2
 from web4lora.commands.deploy import called, own_command, request_of
-from web4lora.deployable import deploy_spec
+from web4lora.deployable import adapter_spec, deploy_spec
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, open_store
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput, NotFound
 from web4lora_chassis.rpc import ref_message, ref_of
@@ -68,6 +68,40 @@ def test_what_can_t_be_deployed_is_said(store: ArtifactStore, tmp_path: Path) ->
     ):
         with pytest.raises(kind, match=why):
             spec_of(source, store, name)
+
+
+def test_a_file_of_a_run_is_the_run_s_own_artifact(store: ArtifactStore, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "adapter.gguf").write_bytes(b"GGUF and more")
+    base = ArtifactRef("base_model", "base", "b" * 64)
+    made = store.put(
+        "gguf", "web4-demo", {"adapter.gguf": folder / "adapter.gguf"}, inputs=[base], link=False
+    )
+
+    def run_with_it(_: str) -> gateway_pb2.Run:
+        run = gateway_pb2.Run(id="run_3")
+        file = packager_pb2.GgufFile(artifact=ref_message(made), file_name="adapter.gguf")
+        package = packager_pb2.PackageResult(adapter_gguf=file)
+        run.stages.add(name=gateway_pb2.STAGE_NAME_PACKAGE, package_result=package)
+        return run
+
+    def spec() -> deployer_pb2.AdapterSpec:
+        return adapter_spec("tool", folder / "adapter.gguf", run_of=run_with_it, open_store=lambda: store)
+
+    elsewhere = ref_of(spec().gguf)
+    assert (elsewhere.name, elsewhere == made) == ("tool", False)  # the folder is no run's yet
+    (folder / "run.json").write_text(json.dumps({"run_id": "run_3"}))
+    assert ref_of(spec().gguf) == made
+    (folder / "adapter.gguf").write_bytes(b"GGUF of its own")
+    assert ref_of(spec().gguf) not in (made, elsewhere)
+    for name, file, kind, why in (
+        ("", folder / "adapter.gguf", InvalidInput, "without a name"),
+        ("tool", folder / "gone.gguf", NotFound, "is not there"),
+        ("tool", folder / "run.json", InvalidInput, "no GGUF file"),
+    ):
+        with pytest.raises(kind, match=why):
+            adapter_spec(name, file, run_of=run_of, open_store=lambda: store)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 from web4.lora.v1 import deployer_pb2
+from web4lora_chassis.errors import InvalidInput
 
 from web4lora.client import Client
 from web4lora.commands.following import step
@@ -22,6 +24,7 @@ _EXAMPLES = examples(
     "web4lora deploy latest --target ollama",
     "web4lora deploy outputs/run_2026-11-22_1 --name web4-demo --target docker --context 8192",
     'web4lora deploy other.gguf --name other --stop "<|end|>" --system "You are brief."',
+    "web4lora deploy base.Q4_K_M.gguf --name both --adapter a=one/adapter.gguf --adapter b=two/adapter.gguf",
 )
 _QUESTION = "Say hi."
 
@@ -75,6 +78,15 @@ def deploy(
             "--license", metavar="TEXT", help="The model's licence, its name or its text.", show_default=False
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME=GGUF",
+            help="A LoRA adapter on this GGUF, which is its base then; may be given often. llama-server: "
+            "the first is applied, `deployments adapters` switches without a restart.",
+        ),
+    ] = None,
     promote: Annotated[
         bool,
         typer.Option(
@@ -99,6 +111,7 @@ def deploy(
             system=system,
             temperature=temperature,
             license_text=license_text,
+            adapters=_adapters(adapter or ()),
         )
         if not as_json and target in ("", "auto"):
             _say_found(client)
@@ -121,9 +134,31 @@ def deploy(
         "it serves already: nothing was moved" if result.unchanged else human.duration(result.ready_seconds)
     )
     mark(OK, f"{deployment.id} on {deployment.target} {deployment.runtime_version}   {done}")
+    if deployment.adapters:
+        mark(NOTE, f"adapters: {scales_text(deployment)}")
     if (system or stop) and deployment.target != "ollama":
         mark(NOTE, f"{deployment.target} takes system message and stop texts from each request: send them.")
     _say_how(deployment)
+
+
+def scales_text(deployment: deployer_pb2.Deployment) -> str:
+    """Return a deployment's adapters and how strongly each is applied: `tool 1, style 0`."""
+    return ", ".join(f"{adapter.name} {adapter.scale:g}" for adapter in deployment.adapters)
+
+
+def _adapters(words: Iterable[str]) -> dict[str, str]:
+    """Return the adapters' files by their names, of words like `tool=adapter.gguf`."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, sign, file = word.partition("=")
+        if not (name and sign and file):
+            raise InvalidInput(f"--adapter {word}: it needs NAME=GGUF.", fix=f"--adapter tool={word}")
+        if name in found:
+            raise InvalidInput(
+                f"--adapter {word}: another adapter is called {name}.", fix="Name it otherwise."
+            )
+        found[name] = file
+    return found
 
 
 def request_of(deployment: deployer_pb2.Deployment) -> dict[str, Any]:
@@ -168,6 +203,9 @@ def _say_how(deployment: deployer_pb2.Deployment) -> None:
     step("Ask it", f"{command_name()} chat {asked} {shlex.quote(_QUESTION)}")
     if own := own_command(deployment):
         step("Or", own)
+    if deployment.adapters:
+        each = deployment.adapters[-1].name
+        step("Switch", f"{command_name()} deployments adapters {asked} --use {each}")
     request = request_of(deployment)
     body = shlex.quote(json.dumps(request["body"]))
     step("Or", f"curl {request['url']} -H 'Content-Type: application/json' -d {body}")

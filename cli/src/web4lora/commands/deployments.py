@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -9,8 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from web4.lora.v1 import deployer_pb2
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput
+from web4lora_chassis.rpc import ref_of
 
 from web4lora.client import Client
+from web4lora.commands.deploy import scales_text
 from web4lora.commands.options import Json, examples
 from web4lora.views import human
 from web4lora.views.console import OK, STYLES, data_of, line, mark, out, print_json
@@ -51,6 +54,9 @@ def list_deployments(as_json: Json = False) -> None:
         )
     out.print(table)
     for each in deployments:
+        if each.adapters:
+            line(f"{each.id}: adapters {scales_text(each)}")
+    for each in deployments:
         if each.detail:
             failed = each.state == deployer_pb2.DEPLOYMENT_STATE_FAILED
             line(f"{each.id}: {each.detail}", style="red" if failed else "yellow")
@@ -84,6 +90,62 @@ def roll_back(
     _say_serving(deployment, as_json=as_json)
 
 
+@app.command(
+    "adapters",
+    epilog=examples(
+        "web4lora deployments adapters both",
+        "web4lora deployments adapters both --use style",
+        "web4lora deployments adapters both --set tool=1 --set style=0.5",
+    ),
+)
+def adapters(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A deployment's name or id.", show_default=False)
+    ],
+    use: Annotated[
+        str, typer.Option("--use", metavar="ADAPTER", help="Apply this one alone.", show_default=False)
+    ] = "",
+    scales: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="ADAPTER=SCALE",
+            help="Apply it so strongly, 0 to 2; may be given often, and the others stay as they are.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show or switch the LoRA adapters of a deployment, without a restart.
+
+    A scale of 0 is not at all, 1 as it was trained; several at once are added up. Answers at work end as they
+    began, every later one comes with the new scales. They are kept, also when the server starts again.
+    """
+    if use and scales:
+        raise InvalidInput("--use and --set can't go together.", fix="Take --use for one alone, else --set.")
+    wanted = _scales(scales or ())
+    with Client() as client:
+        if use:
+            deployment = client.use_adapter(name, use)
+        elif wanted:
+            deployment = client.set_adapters(name, wanted)
+        else:
+            deployment = client.deployment(name)
+    if as_json:
+        print_json(data_of(deployment))
+        return
+    if not deployment.adapters:
+        line(
+            f"{deployment.id} has no adapters. `web4lora deploy --help` tells how to deploy a base with some."
+        )
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in ("adapter", "scale", "made of"):
+        table.add_column(column, no_wrap=True)
+    for each in deployment.adapters:
+        table.add_row(each.name, f"{each.scale:g}", str(ref_of(each.gguf)), style="" if each.scale else "dim")
+    out.print(table)
+
+
 @app.command("delete", epilog=examples("web4lora deployments delete web4-demo:v1a2b3c4d"))
 def delete(
     deployment_id: DeploymentId,
@@ -114,6 +176,18 @@ def state_text(deployment: deployer_pb2.Deployment) -> str:
     """Return a deployment's state as people write it."""
     name = deployer_pb2.DeploymentState.Name(deployment.state)
     return name.removeprefix("DEPLOYMENT_STATE_").lower()
+
+
+def _scales(words: Iterable[str]) -> dict[str, float]:
+    """Return scales by the adapters' names, of words like `style=0.5`."""
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        try:
+            found[name] = float(text)
+        except ValueError as error:
+            raise InvalidInput(f"--set {word}: it needs ADAPTER=SCALE.", fix="--set style=0.5") from error
+    return found
 
 
 def _checked(deployment_id: str) -> str:
