@@ -241,7 +241,7 @@ def test_each_container_may_die_during_a_run(stack: ComposeStack, pipeline: Path
     """Each is killed while the run needs it; Docker brings it back, and the run finishes with what it had."""
     before = {name: found["RestartCount"] for name, found in stack.containers().items()}
     started = json.loads(stack.web4lora("run", str(pipeline), "--detach", "--json", "--set", "train.seed=18",
-                                        "--set", "train.max_steps=40"))  # fmt: skip
+                                        "--set", "train.max_steps=20"))  # fmt: skip
     for stage, victims in (("TRAIN", ("postgres", "minio", "gateway")), ("PACKAGE", ("packager",)),
                            ("VERIFY", ("deployer",))):  # fmt: skip
         _wait(lambda stage=stage: _at_work(stack, started["id"], stage), f"{stage} is at work")
