@@ -35,8 +35,8 @@ pytestmark = pytest.mark.timeout(400)
 
 QUESTION = [{"role": "user", "content": "Tell me what gravity is, in a few words."}]
 TOKENS = 16
-# Of the logarithm of a likelihood. The merge rounds each weight that it changes to bfloat16, which has 8 bits,
-# an adapter beside its base rounds nothing: that makes 0.03 here, where the adapter itself makes 2.4.
+# Of the logarithm of a likelihood. The merge rounds each weight that it changes to bfloat16, of 8 bits, an
+# adapter beside its base rounds nothing: that makes 0.03 here, where the adapter itself makes 2.4.
 TOLERANCE = 0.1
 
 

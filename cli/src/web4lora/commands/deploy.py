@@ -203,9 +203,9 @@ def _say_how(deployment: deployer_pb2.Deployment) -> None:
     step("Ask it", f"{command_name()} chat {asked} {shlex.quote(_QUESTION)}")
     if own := own_command(deployment):
         step("Or", own)
-    if deployment.adapters:
-        each = deployment.adapters[-1].name
-        step("Switch", f"{command_name()} deployments adapters {asked} --use {each}")
+    if len(deployment.adapters) > 1:
+        other = deployment.adapters[1].name
+        step("Switch", f"{command_name()} deployments adapters {asked} --use {other}")
     request = request_of(deployment)
     body = shlex.quote(json.dumps(request["body"]))
     step("Or", f"curl {request['url']} -H 'Content-Type: application/json' -d {body}")
