@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAIN_FILES = sorted((ROOT / "examples" / "web4").glob("*.train.jsonl"))
 BASE = "smollm2-135m-instruct"
 WARM_UP_STEPS = 2
-DEMO_LAST_LAYERS = 18
+DEMO_LAST_LAYERS = 14
 TRL_BATCH_ROWS = 8  # TRL's default
 PEER_DEFAULTS = "TRL SFTTrainer, its defaults (bf16, gradient checkpointing)"
 
