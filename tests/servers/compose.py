@@ -29,7 +29,7 @@ ROOT = HERE.parent.parent
 IMAGES = ROOT / "tests" / "e2e" / "images"
 MODEL_PORTS = 8
 WANTED = "WEB4LORA_TEST_COMPOSE"
-"""Set to 1, the test runs outside CI too; set to "all", images compile llama.cpp and MinIO themselves."""
+"""Set to 1, the test runs outside CI too; set to "all", the images compile llama.cpp too."""
 _TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 _NOT_TESTED = "THE STACK IN CONTAINERS IS NOT TESTED"
 _IMAGES_BYTES = 25_000_000_000  # with the builder's cache; most of it torch with CUDA, thrice
@@ -120,26 +120,23 @@ class ComposeStack:
         self._build("postgres", IMAGES)
         self._build("chromium", IMAGES)
         if os.environ.get(WANTED) != "all":
-            self._take_ready_programs()
+            self._take_ready_llama_cpp()
         self.compose("build", timeout_seconds=_BUILD_SECONDS)
         build("grpcurl", _silent)
         self._build("ollama", build("ollama", _silent).parent)
 
-    def _take_ready_programs(self) -> None:
-        """Let the images take the MinIO and the llama.cpp that this machine has compiled from the same pins.
+    def _take_ready_llama_cpp(self) -> None:
+        """Let the images take the llama.cpp that this machine has compiled from the same source.
 
-        They run in Debian 12 when what compiled them has no newer C library; else the images compile.
+        It runs in Debian 12 when what compiled it has no newer C library; else the images compile.
         """
-        if _libc() > _IMAGES_LIBC:
-            return
-        self._build("minio", build("minio", _silent).parent)
-        self.set(MINIO_IMAGE="web4lora-test-minio")
         llama = find(load(Settings).cache)
-        if llama is not None:
-            ready = self.folder / "llama.cpp"
-            run([sys.executable, ROOT / "docker" / "copy_llama_cpp.py", load(Settings).cache, ready])
-            self._build("llama-cpp", ready)
-            self.set(LLAMA_CPP_IMAGE="web4lora-test-llama-cpp")
+        if llama is None or _libc() > _IMAGES_LIBC:
+            return
+        ready = self.folder / "llama.cpp"
+        run([sys.executable, ROOT / "docker" / "copy_llama_cpp.py", load(Settings).cache, ready])
+        self._build("llama-cpp", ready)
+        self.set(LLAMA_CPP_IMAGE="web4lora-test-llama-cpp")
 
     def _build(self, name: str, context: Path) -> None:
         """Build one of the tests' own images."""
