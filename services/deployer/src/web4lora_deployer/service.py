@@ -201,7 +201,9 @@ def _check_adapters(spec: deployer_pb2.DeploySpec) -> None:
         known.add(name)
     if len(known) > _MAX_ADAPTERS:
         raise InvalidInput(
-            f"adapters names {len(known)}; {_MAX_ADAPTERS} are the most.", metadata={"field": "adapters"}
+            f"adapters names {len(known)}; {_MAX_ADAPTERS} are the most.",
+            fix="Leave out those that are not switched to, or deploy them under another name.",
+            metadata={"field": "adapters"},
         )
     target = spec.deploy.target if spec.deploy.HasField("target") else AUTO
     if known and target not in (AUTO, llama_server.TARGET):
