@@ -123,6 +123,47 @@ def test_a_killed_training_goes_on_to_the_same_adapter(dataset: Dataset, base: B
     assert pairs[0] == pairs[1]
 
 
+def test_a_kill_right_after_a_checkpoint_loses_no_row(
+    dataset: Dataset, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At step 4 with a plain step, at step 3 with one whose held-out loss was just measured."""
+    honest = AnswerTrainer._save_checkpoint
+
+    for step in (4, 3):
+
+        def killed(self: AnswerTrainer, *arguments: Any, at: int = step) -> None:
+            honest(self, *arguments)
+            if self.state.global_step == at:
+                raise Killed
+
+        settings = replace(SETTINGS, checkpoint_steps=step)
+        monkeypatch.setattr(AnswerTrainer, "_save_checkpoint", killed)
+        with pytest.raises(Killed):
+            train(settings, dataset, base, tmp_path / str(step), silent)
+        monkeypatch.setattr(AnswerTrainer, "_save_checkpoint", honest)
+        resumed: list[int] = []
+        seen = resumed.append
+        outcome = train(
+            settings, dataset, base, tmp_path / str(step), lambda p, seen=seen: seen(p.resumed_step)
+        )
+        assert max(resumed) == step
+        losses = read_losses(outcome.files["logs/loss.csv"])
+        assert [row.step for row in losses] == [1, 2, 3, 4, 5, 6]
+        assert [row.step for row in losses if row.held_out_loss is not None] == [3, 6]
+
+
+def test_rows_that_a_power_cut_took_do_not_end_a_training(
+    dataset: Dataset, base: Base, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, max_steps=4)
+    train(settings, dataset, base, tmp_path, silent)
+    lines = (tmp_path / "loss.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "loss.csv").write_text("".join(lines[:2]))
+    longer = replace(settings, max_steps=6)
+    outcome = train(longer, dataset, base, tmp_path, silent)
+    assert [row.step for row in read_losses(outcome.files["logs/loss.csv"])] == [1, 5, 6]
+
+
 def test_only_the_last_layers_are_adapted(dataset: Dataset, base: Base, tmp_path: Path) -> None:
     settings = replace(
         SETTINGS, lora=LoraSettings(rank=2, last_layers=1, target_modules=("up_proj",)), max_steps=1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -41,7 +42,7 @@ class StepReporter(TrainerCallback):
         self._measure_at = {round(total_steps * (index + 1) / count) for index in range(count)}
         before = log.rows[-1] if log.rows else None
         self._tokens = before.tokens if before else 0
-        self._seconds = before.seconds if before else 0.0
+        self._seconds = self._seconds_before = before.seconds if before else 0.0
         self._held_out = next(
             (row.held_out_loss for row in reversed(log.rows) if row.held_out_loss is not None), None
         )
@@ -56,13 +57,15 @@ class StepReporter(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start the step's clock."""
-        self._write_pending()
         self._step_began = time.perf_counter()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        """Take a finished step in."""
+        """Take a finished step in; where the held-out loss is due, its row waits for it.
+
+        Either way the row is on disk before the step's checkpoint: a kill between them must not lose it.
+        """
         if not logs or "loss" not in logs or self._trainer is None:
             return
         spent = time.perf_counter() - self._step_began
@@ -71,7 +74,7 @@ class StepReporter(TrainerCallback):
         self._seen = seen
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + spent
         norm = logs.get("grad_norm")
-        self._pending = LossRow(
+        row = LossRow(
             step=state.global_step,
             epoch=float(state.epoch or 0.0),
             loss=logs["loss"],
@@ -83,7 +86,11 @@ class StepReporter(TrainerCallback):
             tokens_per_second=tokens / max(spent, 1e-9),
             seconds=self._seconds,
         )
-        self._tell(self._pending)
+        self._tell(row)
+        if control.should_evaluate:
+            self._pending = row
+        else:
+            self._log.append(row)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask for the held-out loss where it is due."""
@@ -94,33 +101,18 @@ class StepReporter(TrainerCallback):
     def on_evaluate(self, *_: Any, metrics: dict[str, float] | None = None, **__: Any) -> None:
         """Add the held-out loss to the step's row."""
         self._held_out = (metrics or {}).get("eval_loss")
-        self._write_pending(self._held_out)
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        """Have the step on disk no later than its checkpoint's use."""
-        self._write_pending()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Write the last row."""
-        self._write_pending()
-
-    def _write_pending(self, held_out_loss: float | None = None) -> None:
         row, self._pending = self._pending, None
         if row is not None:
-            self._log.append(
-                row if held_out_loss is None else LossRow(**{**vars(row), "held_out_loss": held_out_loss})
-            )
-            if held_out_loss is not None:
-                self._tell(row)
+            self._tell(row)
+            self._log.append(replace(row, held_out_loss=self._held_out))
 
     def _tell(self, row: LossRow) -> None:
         recent = [*self._log.rows[-_RECENT_STEPS:], row]
         recent = [each for each in recent if each.step > self._resumed_step]
         speeds = [(each.tokens_per_second, each) for each in recent if each.tokens_per_second > 0]
         rate = len(speeds) / sum(1 / speed for speed, _ in speeds) if speeds else 0.0
-        before = self._log.rows[self._resumed_step - 1] if self._resumed_step and self._log.rows else None
         made = row.step - self._resumed_step
-        per_step = (row.seconds - (before.seconds if before else 0.0)) / max(made, 1)
+        per_step = (row.seconds - self._seconds_before) / max(made, 1)
         self._report(
             TrainProgress(
                 phase="train",
