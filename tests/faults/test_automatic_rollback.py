@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from integration.deployer.deployer_stack import Stack, ask, changed, deployed, eventually, listener, server_of
-from servers.fixtures import Proxy
+from servers.fixtures import MakeProxy, Proxy
 from web4.lora.v1 import deployer_pb2
 from web4lora_deployer.deployments import Deployments
 from web4lora_deployer.runtimes.ollama_api import OllamaApi
@@ -138,10 +138,8 @@ def test_a_model_that_model_runner_lost(
 
 
 @pytest.fixture
-def ollama_proxy(ollama: str, toxiproxy: str) -> Iterator[Proxy]:
-    proxy = Proxy(toxiproxy, ollama.removeprefix("http://"))
-    yield proxy
-    proxy.close()
+def ollama_proxy(ollama: str, toxiproxy: MakeProxy) -> Proxy:
+    return toxiproxy(ollama.removeprefix("http://"))
 
 
 def test_an_ollama_that_is_out_of_reach_is_waited_for(

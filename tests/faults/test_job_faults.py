@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 from integration.deployer.deployer_stack import Stack, deployed, server_of
-from servers.fixtures import Proxy
+from servers.fixtures import MakeProxy
 from web4.lora.v1 import deployer_pb2, jobs_pb2
 from web4lora_chassis.artifacts import ArtifactRef
 from web4lora_chassis.rpc import ref_message, ref_of
@@ -139,29 +139,26 @@ def asking(stack: Stack, job_id: str, answers: int) -> None:
 
 
 def test_a_runtime_that_goes_away_while_it_is_tested(
-    stack: Stack, suite: ArtifactRef, ollama: str, toxiproxy: str, tiny_gguf: Path
+    stack: Stack, suite: ArtifactRef, ollama: str, toxiproxy: MakeProxy, tiny_gguf: Path
 ) -> None:
-    proxy = Proxy(toxiproxy, ollama.removeprefix("http://"))
-    try:
-        restarted(stack, ollama=f"http://{proxy.address}")
-        ref = stack.put(tiny_gguf)
-        deployment = deployed(stack.deploy(ref, target="ollama", context_tokens=CONTEXT_TOKENS))
-        proxy.slow(1, "downstream")  # so that the tests take long enough to be met
-        job_id = begin_verify(stack, deployment, suite, "cut")
-        asking(stack, job_id, answers=2)
-        proxy.cut()
-        job = stack.finish(job_id)
-        assert job.job.state == jobs_pb2.JOB_STATE_FAILED
-        assert job.job.error.reason == "MODEL_UNAVAILABLE"
-        assert "failed 4 times in a row" in job.job.error.message
-        assert "then test again" in job.job.error.fix
+    proxy = toxiproxy(ollama.removeprefix("http://"))
+    restarted(stack, ollama=f"http://{proxy.address}")
+    ref = stack.put(tiny_gguf)
+    deployment = deployed(stack.deploy(ref, target="ollama", context_tokens=CONTEXT_TOKENS))
+    proxy.slow(1, "downstream")  # so that the tests take long enough to be met
+    job_id = begin_verify(stack, deployment, suite, "cut")
+    asking(stack, job_id, answers=2)
+    proxy.cut()
+    job = stack.finish(job_id)
+    assert job.job.state == jobs_pb2.JOB_STATE_FAILED
+    assert job.job.error.reason == "MODEL_UNAVAILABLE"
+    assert "failed 4 times in a row" in job.job.error.message
+    assert "then test again" in job.job.error.fix
 
-        proxy.heal()
-        job = stack.finish(begin_verify(stack, deployment, suite, "again"))
-        assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
-        stack.delete(deployment.id)
-    finally:
-        proxy.close()
+    proxy.heal()
+    job = stack.finish(begin_verify(stack, deployment, suite, "again"))
+    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
+    stack.delete(deployment.id)
 
 
 def test_a_model_that_never_stops_talking_is_cut_off_and_counted(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from servers.fixtures import Proxy
+from servers.fixtures import MakeProxy, Proxy
 from servers.garbler import Garbler
 from servers.runtimes import running_model_runner, running_ollama
 from unit.deployer.records import record
@@ -101,10 +101,8 @@ def target(
 
 
 @pytest.fixture
-def proxy(target: Target, toxiproxy: str) -> Iterator[Proxy]:
-    proxy = Proxy(toxiproxy, target.address)
-    yield proxy
-    proxy.close()
+def proxy(target: Target, toxiproxy: MakeProxy) -> Proxy:
+    return toxiproxy(target.address)
 
 
 def once(phase: str, act: Callable[[], None]) -> Callable[[Progress], None]:
@@ -138,12 +136,12 @@ def test_it_goes_away_while_the_prompts_are_compared(target: Target, proxy: Prox
 def test_an_upload_that_stalls_is_ended(
     target: Target, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other side takes no more bytes; a kilobyte a second is as good as none."""
+    """The other side takes no more bytes."""
     monkeypatch.setattr(http, "SEND_SECONDS", 1.0)
     runtime = target.runtime(proxy.address)  # it has read the time limit
     assert runtime.probe().usable
     with pytest.raises(Unavailable, match=f"{proxy.address} did not answer in time"):
-        runtime.deploy(target.wanted, target.file, once("upload", lambda: proxy.slow(1, "upstream")))
+        runtime.deploy(target.wanted, target.file, once("upload", proxy.stall))
     target.check_again()
 
 
@@ -154,7 +152,7 @@ def test_an_answer_that_stalls_is_ended(
     monkeypatch.setattr(docker_model_runner, "client", lambda address, _: http.client(address, 2.0))
     phase = "create" if target.name == "ollama" else "tag"
     with pytest.raises(Unavailable, match=f"{proxy.address} did not answer in time"):
-        target.deploy(proxy.address, once(phase, lambda: proxy.stall("downstream")))
+        target.deploy(proxy.address, once(phase, proxy.stall))
     target.check_again()
 
 

@@ -130,14 +130,15 @@ def test_connections_that_keep_breaking_are_survived(
     assert (tmp_path / "out" / "model.gguf").read_bytes() == source.read_bytes()
 
 
-@pytest.mark.parametrize("stream", ["upstream", "downstream"])
+@pytest.mark.parametrize("size_bytes", [SIZE_BYTES, PART_BYTES + 1000])
 def test_stalled_upload_is_ended(
-    minio: MinioServer, bucket: str, minio_proxy: Proxy, tmp_path: Path, stream: str
+    minio: MinioServer, bucket: str, minio_proxy: Proxy, tmp_path: Path, size_bytes: int
 ) -> None:
+    """A large part is not taken any more; a small one, which the buffers hold, gets no answer."""
     store = s3_store(minio, bucket, minio_proxy.address, stall_timeout_seconds=0.5)
-    files = {"model.gguf": noise(tmp_path / "model", SIZE_BYTES)}
+    files = {"model.gguf": noise(tmp_path / "model", size_bytes)}
     with pytest.raises(Unavailable, match=minio_proxy.address):
-        store.put("gguf", "demo", files, advance=after(PART_BYTES, lambda: minio_proxy.stall(stream)))
+        store.put("gguf", "demo", files, advance=after(PART_BYTES, minio_proxy.stall))
 
 
 def test_stalled_download_is_ended(
@@ -147,7 +148,7 @@ def test_stalled_download_is_ended(
     ref = s3_store(minio, bucket).put("gguf", "demo", files)
     store = s3_store(minio, bucket, minio_proxy.address, stall_timeout_seconds=0.5)
     with pytest.raises(Unavailable, match=minio_proxy.address):
-        store.get(ref, tmp_path / "out", advance=after(1, lambda: minio_proxy.stall("downstream")))
+        store.get(ref, tmp_path / "out", advance=after(1, minio_proxy.stall))
 
 
 def test_a_slow_line_is_no_stall(minio: MinioServer, bucket: str, minio_proxy: Proxy, tmp_path: Path) -> None:
@@ -164,7 +165,6 @@ def test_a_slow_line_is_no_stall(minio: MinioServer, bucket: str, minio_proxy: P
     source = noise(tmp_path / "model", size_bytes)
     minio_proxy.slow(6000, "upstream")
     patient.put("gguf", "demo", {"model.gguf": source})
-    minio_proxy.heal()
     sent = minio_proxy.received_bytes()
     assert size_bytes <= sent <= size_bytes + SLACK_BYTES  # nothing had to be sent twice
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from integration.deployer.deployer_stack import Stack, ask, deployed
-from servers.fixtures import Proxy, program
+from servers.fixtures import MakeProxy, program
 from servers.runtimes import model_runner
 from unit.deployer.records import record
 from web4.lora.v1 import deployer_pb2
@@ -152,21 +152,18 @@ def test_wrong_bytes_are_named_and_nothing_is_kept(
 
 
 def test_a_connection_cut_while_uploading_is_said_and_again_finishes(
-    settings: DeployerSettings, wanted: Deployment, gguf: Path, model_runner: str, toxiproxy: str
+    settings: DeployerSettings, wanted: Deployment, gguf: Path, model_runner: str, toxiproxy: MakeProxy
 ) -> None:
-    proxy = Proxy(toxiproxy, model_runner.removeprefix("http://"))
-    try:
-        through = settings.model_copy(update={"docker_model_runner": f"http://{proxy.address}"})
-        proxy.cut_after(20 << 20, "upstream")
-        with pytest.raises(Unavailable, match="Docker Model Runner"):
-            DockerModelRunnerRuntime(through).deploy(wanted, gguf, lambda _: None)
-        proxy.heal()
-        runtime = DockerModelRunnerRuntime(through)
-        runtime.deploy(wanted, gguf, lambda _: None)
-        assert runtime.health(replace(wanted, endpoint="x")).state is State.SERVING
-        runtime.delete(wanted)
-    finally:
-        proxy.close()
+    proxy = toxiproxy(model_runner.removeprefix("http://"))
+    through = settings.model_copy(update={"docker_model_runner": f"http://{proxy.address}"})
+    proxy.cut_after(20 << 20, "upstream")
+    with pytest.raises(Unavailable, match="Docker Model Runner"):
+        DockerModelRunnerRuntime(through).deploy(wanted, gguf, lambda _: None)
+    proxy.heal()
+    runtime = DockerModelRunnerRuntime(through)
+    runtime.deploy(wanted, gguf, lambda _: None)
+    assert runtime.health(replace(wanted, endpoint="x")).state is State.SERVING
+    runtime.delete(wanted)
 
 
 def test_where_it_is_not_the_probe_says_what_was_tried_and_what_to_do(settings: DeployerSettings) -> None:

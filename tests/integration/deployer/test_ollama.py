@@ -14,7 +14,7 @@ from threading import Thread
 import httpx
 import pytest
 from integration.deployer.deployer_stack import Stack, ask, deployed, server_of
-from servers.fixtures import Proxy, program
+from servers.fixtures import MakeProxy, program
 from servers.runtimes import ollama
 from unit.deployer.records import record
 from web4.lora.v1 import deployer_pb2, jobs_pb2
@@ -225,17 +225,14 @@ def test_it_answers_through_ollama_s_own_client(runtime: OllamaRuntime, ollama: 
 
 
 def test_nothing_is_uploaded_twice(
-    runtime: OllamaRuntime, settings: DeployerSettings, ollama: str, toxiproxy: str, gguf: Path
+    runtime: OllamaRuntime, settings: DeployerSettings, ollama: str, toxiproxy: MakeProxy, gguf: Path
 ) -> None:
     deployment = wanted(gguf)
     runtime.deploy(deployment, gguf, lambda _: None)
-    proxy = Proxy(toxiproxy, ollama.removeprefix("http://"))
-    try:
-        through = settings.model_copy(update={"ollama": f"http://{proxy.address}"})
-        OllamaRuntime(through).deploy(deployment, gguf, lambda _: None)
-        assert proxy.received_bytes() < 1 << 20
-    finally:
-        proxy.close()
+    proxy = toxiproxy(ollama.removeprefix("http://"))
+    through = settings.model_copy(update={"ollama": f"http://{proxy.address}"})
+    OllamaRuntime(through).deploy(deployment, gguf, lambda _: None)
+    assert proxy.received_bytes() < 1 << 20
     runtime.delete(deployment)
 
 
@@ -265,23 +262,20 @@ def test_an_error_inside_a_stream_that_began_well_is_found(ollama: str) -> None:
 
 
 def test_a_connection_cut_while_uploading_is_said_and_again_finishes(
-    settings: DeployerSettings, ollama: str, toxiproxy: str, gguf: Path, tmp_path: Path
+    settings: DeployerSettings, ollama: str, toxiproxy: MakeProxy, gguf: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "fresh.gguf"
     file.write_bytes(gguf.read_bytes() + bytes(8))  # bytes that Ollama has not
-    proxy = Proxy(toxiproxy, ollama.removeprefix("http://"))
-    try:
-        runtime = OllamaRuntime(settings.model_copy(update={"ollama": f"http://{proxy.address}"}))
-        proxy.cut_after(20 << 20, "upstream")
-        with pytest.raises(Unavailable, match="Ollama"):
-            runtime.deploy(wanted(file), file, lambda _: None)
-        proxy.heal()
-        deployment = wanted(file)
-        runtime.deploy(deployment, file, lambda _: None)
-        assert runtime.health(deployment).state is State.SERVING
-        runtime.delete(deployment)
-    finally:
-        proxy.close()
+    proxy = toxiproxy(ollama.removeprefix("http://"))
+    runtime = OllamaRuntime(settings.model_copy(update={"ollama": f"http://{proxy.address}"}))
+    proxy.cut_after(20 << 20, "upstream")
+    with pytest.raises(Unavailable, match="Ollama"):
+        runtime.deploy(wanted(file), file, lambda _: None)
+    proxy.heal()
+    deployment = wanted(file)
+    runtime.deploy(deployment, file, lambda _: None)
+    assert runtime.health(deployment).state is State.SERVING
+    runtime.delete(deployment)
 
 
 class _SaysVersion(BaseHTTPRequestHandler):

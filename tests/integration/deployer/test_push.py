@@ -6,7 +6,7 @@ import base64
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from integration.deployer.deployer_stack import Stack, deployed
-from servers.fixtures import Proxy
+from servers.fixtures import MakeProxy, Proxy
 from servers.registries import PASSWORD, USER, RegistryServer, private_registry, registry, registry_server
 from servers.runtimes import model_runner
 from servers.stores import noise
@@ -53,11 +53,9 @@ def blob(tmp_path: Path, request: pytest.FixtureRequest) -> Blob:
 
 
 @pytest.fixture
-def proxy(registry: RegistryServer, toxiproxy: str) -> Iterator[Proxy]:
+def proxy(registry: RegistryServer, toxiproxy: MakeProxy) -> Proxy:
     """A proxy in front of the registry."""
-    proxy = Proxy(toxiproxy, registry.host.replace("localhost", "127.0.0.1"))
-    yield proxy
-    proxy.close()
+    return toxiproxy(registry.host.replace("localhost", "127.0.0.1"))
 
 
 @pytest.fixture
