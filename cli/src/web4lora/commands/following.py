@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import shlex
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from web4lora.views.stages import failure_lines, run_state, stage_name
 
 _LABEL_WIDTH = 18
 _INTERRUPTED = 130
+_CTRL_C_SECONDS = 0.2
 
 
 def follow(client: Client, run_id: str) -> gateway_pb2.Run | None:
@@ -147,11 +149,17 @@ def _hints(run_id: str) -> None:
 def _ask() -> str:
     """Ask what to do; a second Ctrl-C or the end of input detaches."""
     console.line()
+    console.out.print(
+        "The run goes on without this command.  d: detach · c: cancel the run · Enter: go on ▸ ", end=""
+    )
     try:
-        answer = input(
-            "The run goes on without this command.  d: detach · c: cancel the run · Enter: go on ▸ "
-        )
-    except (KeyboardInterrupt, EOFError):
+        # `input` would miss a Ctrl-C that comes just before it reads, until the next key.
+        while not select.select([sys.stdin], [], [], _CTRL_C_SECONDS)[0]:
+            pass
+        answer = sys.stdin.readline()
+    except KeyboardInterrupt:
+        answer = ""
+    if not answer:
         line()
         return "d"
     return answer.strip().lower()[:1]
