@@ -25,6 +25,9 @@ __all__ = ["bucket", "llama_cpp", "minio", "minio_proxy", "toxiproxy"]
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+# The command's tables are as wide as on a pipe, whatever terminal the tests were started from.
+os.environ.pop("COLUMNS", None)
+
 # Shells start background jobs with Ctrl-C ignored, and every child would inherit that: the tests need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

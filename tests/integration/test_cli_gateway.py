@@ -209,6 +209,13 @@ def test_deployments_are_promoted_rolled_back_and_deleted(desk: Desk) -> None:
     assert "Nothing serves under the name 'other'" in done.stderr
 
 
+def test_a_narrow_terminal_cuts_no_name_that_other_commands_take(desk: Desk) -> None:
+    desk.run("run", "demo.yaml", "--detach")
+    desk.env["COLUMNS"] = "50"
+    listed = desk.spawn("runs", "list").stdout.splitlines()
+    assert listed[1].split()[:2] == [RUN_ID, "web4-demo"]
+
+
 def test_runs_are_listed_shown_and_repeated(desk: Desk) -> None:
     assert "There are no runs yet" in desk.run("runs", "list").stdout
     desk.run("run", "demo.yaml", "--detach")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from web4.lora.v1 import artifacts_pb2
 from web4lora_chassis.artifacts import ArtifactStore
 from web4lora_chassis.errors import DataLoss, NotFound
@@ -19,6 +18,7 @@ from web4lora.commands.options import Json, examples
 from web4lora.home import load_settings, short
 from web4lora.views import human
 from web4lora.views.console import BAD, OK, data_of, line, mark, out, print_json
+from web4lora.views.table import table
 
 app = typer.Typer(help="See, fetch and check what is in the artifact store.", no_args_is_help=True)
 _NAME_HELP = "kind/name@digest, kind/name for the newest, or 8 or more digits of a digest."
@@ -40,20 +40,19 @@ def list_artifacts(
     if not artifacts:
         line("There are no such artifacts.")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("artifact", "size", "files", "made by", "made", "from"):
-        table.add_column(column, justify="right" if column in ("size", "files") else "left", no_wrap=True)
-    for artifact in artifacts:
-        inputs = ", ".join(f"{_kind(ref)} {ref.digest[:8]}" for ref in artifact.inputs)
-        table.add_row(
+    rows = [
+        [
             str(ref_of(artifact.ref)),
             human.size(artifact.ref.size_bytes),
             str(len(artifact.files)),
             artifact.created_by,
             human.moment(artifact.create_time),
-            inputs,
-        )
-    out.print(table)
+            ", ".join(f"{_kind(ref)} {ref.digest[:8]}" for ref in artifact.inputs),
+        ]
+        for artifact in artifacts
+    ]
+    titles = ("artifact", "size", "files", "made by", "made", "from")
+    out.print(table(titles, rows, whole=("artifact",), right=("size", "files")))
 
 
 @app.command("get", epilog=examples("web4lora artifacts get gguf/web4-demo ./model"))

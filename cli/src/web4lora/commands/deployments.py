@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 from web4.lora.v1 import deployer_pb2
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput
@@ -17,6 +16,7 @@ from web4lora.commands.deploy import scales_text
 from web4lora.commands.options import Json, examples
 from web4lora.views import human
 from web4lora.views.console import OK, STYLES, data_of, line, mark, out, print_json
+from web4lora.views.table import Cell, table
 
 app = typer.Typer(help="See what is deployed, promote it, roll it back.", no_args_is_help=True)
 DeploymentId = Annotated[
@@ -40,19 +40,19 @@ def list_deployments(as_json: Json = False) -> None:
     if not deployments:
         line("Nothing is deployed. `web4lora run examples/web4/demo.yaml` deploys a model.")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("deployment", "promoted", "state", "runtime", "endpoint", "deployed"):
-        table.add_column(column, no_wrap=True)
-    for each in deployments:
-        table.add_row(
+    rows: list[list[Cell]] = [
+        [
             each.id,
             Text(OK, STYLES[OK]) if each.promoted else "",
             state_text(each),
             f"{each.target} {each.runtime_version}",
             each.endpoint,
             human.moment(each.create_time),
-        )
-    out.print(table)
+        ]
+        for each in deployments
+    ]
+    titles = ("deployment", "promoted", "state", "runtime", "endpoint", "deployed")
+    out.print(table(titles, rows, whole=("deployment", "endpoint")))
     for each in deployments:
         if each.adapters:
             line(f"{each.id}: adapters {scales_text(each)}")
@@ -138,12 +138,14 @@ def adapters(
             f"{deployment.id} has no adapters. `web4lora deploy --help` tells how to deploy a base with some."
         )
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("adapter", "scale", "made of"):
-        table.add_column(column, no_wrap=True)
-    for each in deployment.adapters:
-        table.add_row(each.name, f"{each.scale:g}", str(ref_of(each.gguf)), style="" if each.scale else "dim")
-    out.print(table)
+    rows: list[list[Cell]] = [
+        [
+            Text(cell, "" if each.scale else "dim")
+            for cell in (each.name, f"{each.scale:g}", str(ref_of(each.gguf)))
+        ]
+        for each in deployment.adapters
+    ]
+    out.print(table(("adapter", "scale", "made of"), rows, whole=("adapter",)))
 
 
 @app.command("delete", epilog=examples("web4lora deployments delete web4-demo:v1a2b3c4d"))

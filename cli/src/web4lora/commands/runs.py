@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from web4.lora.v1 import gateway_pb2
 
 from web4lora.client import STAGES, Client, ended
@@ -27,6 +26,7 @@ from web4lora.views.console import OK, data_of, line, mark, out, print_json
 from web4lora.views.follow import overview
 from web4lora.views.results import show_scores, verify_result
 from web4lora.views.stages import run_state, stage_name
+from web4lora.views.table import Cell, table
 
 app = typer.Typer(help="See, follow, cancel and repeat runs.", no_args_is_help=True)
 
@@ -45,15 +45,15 @@ def list_runs(
     if not runs:
         line("There are no runs yet. `web4lora run examples/web4/demo.yaml` makes one.")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column in ("run", "pipeline", "state", "created", "took", "tests"):
-        table.add_column(column, no_wrap=True)
+    rows: list[list[Cell]] = []
     for run in runs:
         tests = verify_result(run)
         verdict = "" if tests is None else "passed" if tests.passed else "limits missed"
         took = human.duration(human.elapsed(run.create_time, run.end_time))
-        table.add_row(run.id, run.pipeline.name, _state(run), human.moment(run.create_time), took, verdict)
-    out.print(table)
+        rows.append([run.id, run.pipeline.name, _state(run), human.moment(run.create_time), took, verdict])
+    out.print(
+        table(("run", "pipeline", "state", "created", "took", "tests"), rows, whole=("run", "pipeline"))
+    )
 
 
 @app.command("show", epilog=examples("web4lora runs show", "web4lora runs show run_2026-11-22_1 --json"))
