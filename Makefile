@@ -30,9 +30,10 @@ llama.cpp: $(VENV)/.runtime
 	@$(BIN)/python -m web4lora_llamacpp build
 
 ##@ Develop
+# Two files at a time: most tests wait, for a server, a time limit or a container. A file's tests stay together.
 .PHONY: test
 test: setup $(VENV)/.develop servers ## every test
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
 
 .PHONY: servers
 servers: $(VENV)/.develop ## build the real servers that the tests talk to (once, into the cache)
