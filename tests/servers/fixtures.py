@@ -202,10 +202,6 @@ class Proxy:
         self.cut()
         self._start()
 
-    def close(self) -> None:
-        """Remove it."""
-        self.cut()
-
     def received_bytes(self, stream: str = "upstream") -> int:
         """Return how many bytes of a stream came since it was made or healed; breaks all connections.
 
@@ -245,7 +241,7 @@ def toxiproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeProxy]:
 
         def make(upstream: str) -> Proxy:
             proxy = Proxy(upstream, tmp_path_factory.mktemp("toxiproxy"))
-            proxies.callback(proxy.close)
+            proxies.callback(proxy.cut)
             return proxy
 
         yield make

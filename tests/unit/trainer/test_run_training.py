@@ -123,33 +123,27 @@ def test_a_killed_training_goes_on_to_the_same_adapter(dataset: Dataset, base: B
     assert pairs[0] == pairs[1]
 
 
+@pytest.mark.parametrize("step", [4, 3], ids=["plain", "with a held-out loss"])
 def test_a_kill_right_after_a_checkpoint_loses_no_row(
-    dataset: Dataset, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """At step 4 with a plain step, at step 3 with one whose held-out loss was just measured."""
-    honest = AnswerTrainer._save_checkpoint
+    settings = replace(SETTINGS, checkpoint_steps=step)
+    save = AnswerTrainer._save_checkpoint
 
-    for step in (4, 3):
+    def save_and_die(self: AnswerTrainer, *arguments: Any) -> None:
+        save(self, *arguments)
+        raise Killed
 
-        def killed(self: AnswerTrainer, *arguments: Any, at: int = step) -> None:
-            honest(self, *arguments)
-            if self.state.global_step == at:
-                raise Killed
-
-        settings = replace(SETTINGS, checkpoint_steps=step)
-        monkeypatch.setattr(AnswerTrainer, "_save_checkpoint", killed)
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "_save_checkpoint", save_and_die)
         with pytest.raises(Killed):
-            train(settings, dataset, base, tmp_path / str(step), silent)
-        monkeypatch.setattr(AnswerTrainer, "_save_checkpoint", honest)
-        resumed: list[int] = []
-        seen = resumed.append
-        outcome = train(
-            settings, dataset, base, tmp_path / str(step), lambda p, seen=seen: seen(p.resumed_step)
-        )
-        assert max(resumed) == step
-        losses = read_losses(outcome.files["logs/loss.csv"])
-        assert [row.step for row in losses] == [1, 2, 3, 4, 5, 6]
-        assert [row.step for row in losses if row.held_out_loss is not None] == [3, 6]
+            train(settings, dataset, base, tmp_path, silent)
+    resumed: list[int] = []
+    outcome = train(settings, dataset, base, tmp_path, lambda p: resumed.append(p.resumed_step))
+    assert max(resumed) == step
+    losses = read_losses(outcome.files["logs/loss.csv"])
+    assert [row.step for row in losses] == [1, 2, 3, 4, 5, 6]
+    assert [row.step for row in losses if row.held_out_loss is not None] == [3, 6]
 
 
 def test_rows_that_a_power_cut_took_do_not_end_a_training(
