@@ -4,7 +4,8 @@
 # Build options (compose.yaml passes them on from .env):
 #   --secret id=ca,src=FILE          a CA bundle that the package clients shall trust, behind a proxy; in no image
 #   --secret id=pip,src=FILE         pip's settings (index, no-index, credentials); in no image
-#   docker/wheels/                   wheels and sdists put here are found by pip before any index
+#   docker/wheels/                   wheels put here are found by pip before any index
+#   docker/hashes.txt                the digest of every file that pip may install, torch from TORCH_INDEX excepted
 #   --build-arg TORCH_INDEX=URL      where torch comes from; empty: from where all else comes from (amd64: with CUDA)
 #   --build-arg BASE_IMAGE=IMAGE     Debian 12, or what is built on it
 #   --build-arg LLAMA_CPP_IMAGE=IMAGE  a ready llama.cpp instead of compiling it: /opt/llama.cpp as the stage lays it out
@@ -58,13 +59,13 @@ RUN apt-get update \
  && python3 -m venv /opt/web4lora
 WORKDIR /src
 ENV PATH=/opt/web4lora/bin:$PATH
-COPY docker/pip-install docker/requirements.py docker/
+COPY docker/pip-install docker/requirements.py docker/hashes.txt docker/
 COPY docker/wheels/ docker/wheels/
 COPY constraints.txt ./
 COPY proto/pyproject.toml proto/
 COPY libs/chassis/pyproject.toml libs/chassis/
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
-    docker/pip-install pip \
+    docker/pip-install --locked pip \
  && docker/pip-install --needs proto libs/chassis
 
 # llama.cpp from its pinned source, for any processor of this architecture. Kept in the builder's cache, so that only
@@ -112,8 +113,11 @@ HEALTHCHECK --interval=15s --timeout=20s --start-period=90s --retries=3 \
     CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8461"]
 CMD ["python", "-m", "web4lora_gateway"]
 
-# Without most of fontTools, which matplotlib needs for PDF and PostScript alone: the reports' pictures are PNG.
+# Without the tools of llama.cpp that only packaging and training ask, and most of fontTools, which matplotlib needs for
+# PDF and PostScript alone: the reports' pictures are PNG.
 FROM build AS deployer-build
+COPY --from=llama.cpp /opt/llama.cpp/bin /opt/llama.cpp/bin
+RUN rm -f /opt/llama.cpp/bin/llama-imatrix /opt/llama.cpp/bin/llama-tokenize
 COPY libs/llamacpp/pyproject.toml libs/llamacpp/
 COPY services/deployer/pyproject.toml services/deployer/
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
@@ -132,8 +136,8 @@ FROM runtime AS deployer
 LABEL org.opencontainers.image.title="web4lora-deployer" \
       org.opencontainers.image.description="Puts a model into Ollama, Docker Model Runner or its own llama-server, and tests it" \
       org.opencontainers.image.licenses="Apache-2.0 AND MIT"
-COPY --from=llama.cpp /opt/llama.cpp/bin /opt/llama.cpp/bin
 COPY --from=llama.cpp /opt/llama.cpp/LICENSE /usr/share/doc/llama.cpp/LICENSE
+COPY --from=deployer-build /opt/llama.cpp/bin /opt/llama.cpp/bin
 COPY --from=deployer-build /opt/web4lora /opt/web4lora
 USER 10001:10001
 # Its Python code is compiled at the first start, into the tmpfs: 40 MB less of image.
@@ -150,7 +154,7 @@ FROM build AS torch
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
     if [ -n "${TORCH_INDEX}" ]; then docker/pip-install --index-url "${TORCH_INDEX}" --no-deps torch; fi \
- && docker/pip-install torch
+ && docker/pip-install --locked torch
 
 FROM torch AS packager-build
 COPY libs/llamacpp/pyproject.toml libs/llamacpp/
@@ -181,23 +185,28 @@ HEALTHCHECK --interval=15s --timeout=20s --start-period=90s --retries=3 \
 CMD ["python", "-m", "web4lora_packager"]
 
 FROM torch AS trainer-build
+COPY libs/llamacpp/pyproject.toml libs/llamacpp/
 COPY services/trainer/pyproject.toml services/trainer/
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
-    docker/pip-install --needs services/trainer
+    docker/pip-install --needs services/trainer libs/llamacpp --without cmake ninja
 COPY proto proto
-COPY libs/chassis libs/chassis
+COPY libs libs
 COPY services/trainer services/trainer
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip --mount=type=cache,target=/root/.cache/pip \
-    docker/pip-install --ours proto libs/chassis services/trainer
+    docker/pip-install --ours proto libs/chassis libs/llamacpp services/trainer
 
-# On the CPU alone, for machines without a native trainer. It keeps pip: base models may come as packages.
+# On the CPU alone, for machines without a native trainer. It keeps pip: base models may come as packages. llama.cpp
+# is asked whether it will know a base, and which tokens it reads.
 FROM runtime AS trainer
 LABEL org.opencontainers.image.title="web4lora-trainer" \
       org.opencontainers.image.description="Trains LoRA adapters on the CPU" \
-      org.opencontainers.image.licenses="Apache-2.0 AND BSD-3-Clause"
+      org.opencontainers.image.licenses="Apache-2.0 AND MIT AND BSD-3-Clause"
+COPY --from=llama.cpp /opt/llama.cpp /opt/llama.cpp
 COPY --from=trainer-build /opt/web4lora /opt/web4lora
 USER 10001:10001
-ENV WEB4LORA_TRAINER_ADDRESS=0.0.0.0:8462
+ENV WEB4LORA_LLAMA_CPP=/opt/llama.cpp/bin \
+    WEB4LORA_LLAMA_CPP_SOURCE=/opt/llama.cpp/source \
+    WEB4LORA_TRAINER_ADDRESS=0.0.0.0:8462
 EXPOSE 8462
 HEALTHCHECK --interval=15s --timeout=20s --start-period=90s --retries=3 \
     CMD ["python", "-m", "web4lora_chassis.rpc.healthcheck", "127.0.0.1:8462"]

@@ -35,23 +35,43 @@ llama.cpp: $(VENV)/.runtime
 test: setup $(VENV)/.develop servers ## every test
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TESTS)
 
+RANDOM_SECONDS ?= 900
+RANDOM_SEED ?= 0
+.PHONY: soak
+soak: setup $(VENV)/.develop ## what takes long and rarely finds anything: before a release
+	@$(BIN)/python -m pytest tests/soak
+	@WEB4LORA_RANDOM_SECONDS=$(RANDOM_SECONDS) WEB4LORA_RANDOM_SEED=$(RANDOM_SEED) \
+	    $(BIN)/python -m pytest -s tests/integration/gateway/test_gateway_random.py
+
 .PHONY: servers
 servers: $(VENV)/.develop ## build the real servers that the tests talk to (once, into the cache)
 	@$(BIN)/python tests/servers/build.py
+
+SECONDS_EACH ?= 60
+.PHONY: fuzz
+fuzz: $(VENV)/.develop ## feed our parsers with changed files: PARSERS="gguf suite" SECONDS_EACH=60
+	@$(BIN)/python -m pip install --quiet --group fuzz
+	@for parser in $(or $(PARSERS),$$($(BIN)/python -m tests.fuzz.fuzz)); do \
+	    nice $(BIN)/python -m tests.fuzz.fuzz $$parser $(SECONDS_EACH); done
 
 .PHONY: lint
 lint: $(VENV)/.develop ## ruff, mypy, buf, import rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy $(PACKAGES:%=%/src)
-	@cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format -d --exit-code
+	@cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format -d --exit-code && ../$(BIN)/buf breaking --against released.binpb
 	@$(BIN)/lint-imports
 
 .PHONY: format
-format: $(VENV)/.develop ## bring the code into form
+format: $(VENV)/.develop ## bring the code into form, and docs/api.md to what the contract says
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 	@cd proto && ../$(BIN)/buf format -w
+	@$(BIN)/python proto/make_docs.py
+
+.PHONY: contract
+contract: $(VENV)/.develop ## at a release: record its contract, which `make lint` holds every later one against
+	@cd proto && ../$(BIN)/buf build --exclude-source-info --as-file-descriptor-set -o released.binpb
 
 .PHONY: clean
 clean: ## remove the environment and the stack's state; outputs/ and the cache stay

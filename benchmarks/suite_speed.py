@@ -47,11 +47,11 @@ def finished(client: Client, job_id: str) -> Any:
     last: Any = None
     phase = ""
     for last in client.watch_job(job_id):
-        if last.job.progress.phase != phase:
-            phase = last.job.progress.phase
+        if last.progress.phase != phase:
+            phase = last.progress.phase
             print(f"  {time.strftime('%H:%M:%S')} {phase}", flush=True)
-    if last.WhichOneof("result") is None:
-        raise SystemExit(f"{last.job.error.message} {last.job.error.fix}")
+    if not last.HasField("result"):
+        raise SystemExit(f"{last.error.message} {last.error.fix}")
     return last
 
 
@@ -98,10 +98,10 @@ def main() -> None:
                 job = client.deploy(
                     asked.gguf, name, target=target, context_tokens=CONTEXT_TOKENS, parallel=asked.parallel
                 )
-                made.append(finished(client, job.job.id).deploy_result.deployment.id)
+                made.append(finished(client, job.id).result.deploy.deployment.id)
             first, *others = made
             job = client.evaluate(first, write_suite(Path(folder)), against=others, name="bench-suite-speed")
-            report = finished(client, job.job.id).evaluate_result.report
+            report = finished(client, job.id).result.evaluate.report
             out = asked.out or Path(folder) / "report"
             client.get_artifact(report, out)
             show(json.loads((out / "eval.json").read_text("utf-8")))

@@ -80,7 +80,7 @@ def _base_folder() -> Path:
     from web4lora_chassis.settings import Settings, load
     from web4lora_trainer.base_model import resolve
 
-    return resolve(BASE, "", load(Settings).cache, lambda _line: None).checkpoint.folder
+    return resolve(BASE, "", load(Settings).cache, lambda _line: None).decoder.folder
 
 
 def _trl(seconds: float, **options: Any) -> dict[str, Any]:
@@ -119,9 +119,10 @@ def _trl(seconds: float, **options: Any) -> dict[str, Any]:
 
 def _ours(seconds: float, last_layers: int) -> dict[str, Any]:
     from web4lora_chassis.dataset import read_dataset
+    from web4lora_chassis.pipeline.train import LoraSettings, TrainSettings
     from web4lora_trainer.loss_report import read_losses
-    from web4lora_trainer.run_training import Base, TrainProgress, train
-    from web4lora_trainer.train_settings import LoraSettings, TrainSettings
+    from web4lora_trainer.progress import TrainProgress
+    from web4lora_trainer.train import Base, train
 
     meter = Meter(seconds)
     settings = TrainSettings(lora=LoraSettings(last_layers=last_layers), held_out_evaluations=0)

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from web4lora_chassis.settings import PREFIX, Settings
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `servers`
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what tests share is imported as `tests.…`
 
-from servers.fixtures import NOT_BUILT, bucket, minio, minio_proxy, toxiproxy
-from servers.llama_cpp import llama_cpp
+from tests.servers.fixtures import NOT_BUILT, bucket, minio, minio_proxy, toxiproxy
+from tests.servers.llama_cpp import llama_cpp
+from tests.servers.postgresql import postgresql, postgresql_server
 
-__all__ = ["bucket", "llama_cpp", "minio", "minio_proxy", "toxiproxy"]
+__all__ = ["bucket", "llama_cpp", "minio", "minio_proxy", "postgresql", "postgresql_server", "toxiproxy"]
 
 
 # Some tests run three llama-servers. OpenMP's threads would spin while they wait for each other, and where

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import tiny_llama
 from web4lora_chassis.settings import Settings, load
 from web4lora_llamacpp import LlamaCpp
 from web4lora_packager.convert import convert, convert_adapter
+from web4lora_packager.layout import read_layout
 from web4lora_packager.merge import merge
 from web4lora_trainer.base_model import resolve
+
+from tests import tiny_llama
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def smollm2_checkpoint() -> Path:
     """Return the folder of SmolLM2's checkpoint, made in the cache unless it is there."""
-    return resolve("smollm2-135m-instruct", "", load(Settings).cache, print).checkpoint.folder
+    return resolve("smollm2-135m-instruct", "", load(Settings).cache, print).decoder.folder
 
 
 def write_adapter(folder: Path, seed: int, base: Path | None = None) -> Path:
@@ -47,7 +49,14 @@ def base_gguf(llama: LlamaCpp, folder: Path) -> Path:
 
 def merged_gguf(llama: LlamaCpp, folder: Path) -> Path:
     """Merge the adapter in a folder into SmolLM2, as a run does, and return the 16-bit GGUF."""
-    merge(smollm2_checkpoint(), folder / "adapter", folder / "merged", lambda _: None)
+    base = smollm2_checkpoint()
+    merge(
+        base,
+        folder / "adapter",
+        folder / "merged",
+        read_layout(base, folder / "adapter", folder),
+        lambda _: None,
+    )
     target = folder / "merged.gguf"
     convert(
         llama, folder / "merged", target,

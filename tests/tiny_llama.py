@@ -105,11 +105,11 @@ def write_adapter(
     **changes: Any,
 ) -> Path:
     """Write a random adapter for some modules of a base into a new folder, and return the folder."""
-    from web4lora_packager.checkpoint import read_checkpoint
+    from web4lora_chassis.model_files.model_folder import read_model_folder
 
     random = np.random.default_rng(seed)
     tensors: dict[str, NDArray[Any]] = {}
-    for name, tensor in read_checkpoint(base).tensors.items():
+    for name, tensor in read_model_folder(base).tensors.items():
         module = name.removesuffix(".weight")
         if module.endswith(modules):
             down = random.standard_normal((rank, tensor.shape[1])) * size

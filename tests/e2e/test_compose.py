@@ -11,19 +11,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 import yaml
-from servers.compose import ROOT, ComposeStack, require_engine
-from servers.fixtures import free_port, program
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore
 from web4lora_chassis.artifacts.s3 import S3Backend
 from web4lora_chassis.process import run
+from web4lora_chassis.stack_secrets import KEYS, OWN
+
+from tests.servers.compose import ROOT, ComposeStack, require_engine
+from tests.servers.fixtures import free_port, program
 
 pytestmark = pytest.mark.timeout(5400)
 SERVICES = {"minio", "postgres", "gateway", "packager", "deployer"}
 _LONG_SECONDS = 900.0
+_SHOW = ("python", "-m", "web4lora_chassis.stack_secrets", "show")
+_CONNECT = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)
+    print("connected")
+except OSError as error:
+    print(error)
+"""
 Json = dict[str, Any]
 
 
@@ -36,6 +47,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposeStack]:
         stack.build()
         stack.compose("up", "--detach")
         _wait(lambda: _healthy(stack), "every service is healthy")
+        stack.take_secrets()
         stack.web4lora("trainer", "start")
         yield stack
     finally:
@@ -83,14 +95,39 @@ def test_dockerfiles_are_clean() -> None:
     assert run([hadolint, "--failure-threshold", "style", *files]).strip() == ""
 
 
-def test_configuration_is_clean_and_needs_its_secrets(stack: ComposeStack, tmp_path: Path) -> None:
+def test_configuration_is_clean_and_needs_no_settings(stack: ComposeStack) -> None:
     assert stack.compose("--profile", "*", "config", "--quiet").strip() == ""
-    (tmp_path / ".env").write_text("")
-    with pytest.raises(Exception, match="run docker/make-env first"):
-        stack.docker("compose", "--env-file", str(tmp_path / ".env"), "config", "--quiet")
+    assert stack.docker("compose", "--env-file", "/dev/null", "config", "--quiet").strip() == ""
     text = stack.compose("--profile", "*", "config")
     for name in ("token", "s3_secret_key", "minio_root_password", "postgres_password"):
         assert stack.secret(name) not in text
+
+
+def test_each_container_is_given_its_own_secrets_alone(stack: ComposeStack) -> None:
+    for service in sorted(SERVICES):
+        assert set(stack.compose("exec", "-T", service, "ls", "/run/secrets").split()) == set(OWN[service])
+        environment = stack.compose("exec", "-T", service, "env")
+        for name in KEYS:
+            assert stack.secret(name) not in environment, (service, name)
+    shown = {name: stack.compose("run", "--rm", "-T", "secrets", *_SHOW, name) for name in KEYS}
+    kept = {name: text.splitlines()[-1] for name, text in shown.items()}  # behind what building prints
+    assert kept == {name: stack.secret(name) for name in KEYS}
+
+
+def test_who_has_no_business_with_another_cannot_reach_it(stack: ComposeStack) -> None:
+    ports = {"minio": 9000, "postgres": 5432, "gateway": 8461, "packager": 8463, "deployer": 8464}
+    allowed = {
+        "gateway": {"minio", "postgres", "packager", "deployer"},
+        "packager": {"minio", "gateway", "deployer"},
+        "deployer": {"minio", "gateway", "packager"},
+    }
+    for service, wanted in allowed.items():
+        others = ports.keys() - {service}
+        assert {other for other in others if _connects(stack, service, other, ports[other])} == wanted, (
+            service
+        )
+    # Where the trainer listens. Docker lets every container reach this machine: the trainer asks for a token.
+    assert _connects(stack, "gateway", "host.docker.internal", stack.trainer_port)
 
 
 def test_gateway_and_deployer_are_small(stack: ComposeStack) -> None:
@@ -101,7 +138,7 @@ def test_gateway_and_deployer_are_small(stack: ComposeStack) -> None:
 
 def test_no_container_runs_as_root_or_can_write_its_image(stack: ComposeStack) -> None:
     containers = stack.containers()
-    assert set(containers) == SERVICES | {"minio-setup"}
+    assert set(containers) == SERVICES | {"minio-setup", "secrets"}
     for service in SERVICES:
         found = containers[service]
         lines = stack.docker("top", found["Id"], "-eo", "uid,pid,args").splitlines()[1:]
@@ -287,6 +324,12 @@ def _state(stack: ComposeStack, service: str) -> str:
     return str(stack.containers().get(service, {}).get("State", {}).get("Health", {}).get("Status", ""))
 
 
+def _connects(stack: ComposeStack, service: str, host: str, port: int) -> bool:
+    """Tell whether a container reaches an address."""
+    command = ["exec", "-T", service, "python", "-c", _CONNECT, host, str(port)]
+    return stack.compose(*command).strip() == "connected"
+
+
 def _show(stack: ComposeStack, run_id: str) -> Json:
     """Return a run; an empty one while the gateway is away."""
     text = stack.web4lora("runs", "show", run_id, "--json", ok=False)
@@ -310,8 +353,8 @@ def _ended(stack: ComposeStack, run_id: str) -> Json | None:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=2).status_code == httpx.codes.OK
-    except httpx.HTTPError:
+        return httpx2.get(url, timeout=2).status_code == httpx2.codes.OK
+    except httpx2.HTTPError:
         return False
 
 

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
-import httpx
+import httpx2
 import psutil
 import pytest
 import torch
@@ -27,13 +26,13 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from PIL import Image
 from safetensors.torch import load_file
-from servers.fixtures import program
-from servers.native import SERVICES, Machine
 from web4.lora.v1 import (
-    deployer_pb2,
-    deployer_pb2_grpc,
+    deployments_pb2,
+    deployments_pb2_grpc,
     gateway_pb2,
     gateway_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
     packager_pb2,
     packager_pb2_grpc,
     trainer_pb2,
@@ -41,9 +40,13 @@ from web4.lora.v1 import (
 )
 from web4lora_llamacpp import LlamaCpp
 
+from tests.servers.fixtures import program
+from tests.servers.native import SERVICES, Machine
+
 ROOT = Path(__file__).resolve().parents[2]
 FILES = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "trainer_state.json",
+    "trained_conversations.json",
     "tokenizer.json", "logs/loss.csv", "logs/loss.png", "merged_model.gguf", "model.Q4_K_M.gguf", "Modelfile",
     "SHA256SUMS", "eval_log.md", "eval.json", "drawio_diagram.png", "run.json",
 )  # fmt: skip
@@ -92,8 +95,8 @@ def folder(machine: Machine, pipeline: Path, llama_cpp: LlamaCpp) -> Path:
     """The folder of a run whose trainer was killed, worker and all, in the middle of training."""
     machine.run("up")
     run_id = json.loads(machine.run("run", str(pipeline), "--detach", "--json"))["id"]
-    jobs = machine.home / "trainer" / "jobs"
-    _wait(lambda: any(jobs.glob("train-*/work/**/checkpoint-*/trainer_state.json")), "a first checkpoint")
+    trainings = machine.home / "trainer" / "trainings"
+    _wait(lambda: any(trainings.glob("*/checkpoints/checkpoint-*/files.json")), "a first checkpoint")
     trainer = machine.process("trainer")
     assert trainer is not None
     for process in (trainer, *trainer.children(recursive=True)):
@@ -132,7 +135,7 @@ def test_the_killed_training_went_on_from_its_checkpoint(machine: Machine, folde
 
 def test_the_deployed_model_answers(machine: Machine, folder: Path) -> None:
     [deployment] = json.loads(machine.run("deployments", "list", "--json"))
-    answer = httpx.post(
+    answer = httpx2.post(
         f"{deployment['endpoint']}/chat/completions",
         json={
             "model": deployment["model"],
@@ -152,17 +155,18 @@ def test_the_same_inputs_are_not_run_again(machine: Machine, pipeline: Path, fol
 
 
 def test_each_service_answers_the_generated_stubs(machine: Machine, folder: Path) -> None:
-    with grpc.insecure_channel(machine.address("trainer")) as channel:
+    with machine.channel("trainer") as channel:
         trainer = trainer_pb2_grpc.TrainerServiceStub(channel)
-        jobs = trainer.ListTrainerJobs(trainer_pb2.ListTrainerJobsRequest()).jobs
-        assert {job.WhichOneof("spec") for job in jobs} == {"prepare", "train"}
-    with grpc.insecure_channel(machine.address("packager")) as channel:
+        assert trainer.GetTrainerInfo(trainer_pb2.GetTrainerInfoRequest()).device
+        jobs = jobs_pb2_grpc.JobServiceStub(channel).ListJobs(jobs_pb2.ListJobsRequest()).jobs
+        assert {job.spec.WhichOneof("kind") for job in jobs} == {"prepare", "train"}
+    with machine.channel("packager") as channel:
         packager = packager_pb2_grpc.PackagerServiceStub(channel)
         assert packager.GetPackagerInfo(packager_pb2.GetPackagerInfoRequest()).llama_cpp_ready
-    with grpc.insecure_channel(machine.address("deployer")) as channel:
-        deployer = deployer_pb2_grpc.DeployerServiceStub(channel)
-        assert deployer.ListDeployments(deployer_pb2.ListDeploymentsRequest()).deployments
-    with grpc.insecure_channel(machine.address("gateway")) as channel:
+    with machine.channel("deployer") as channel:
+        deployments = deployments_pb2_grpc.DeploymentServiceStub(channel)
+        assert deployments.ListDeployments(deployments_pb2.ListDeploymentsRequest()).deployments
+    with machine.channel("gateway") as channel:
         gateway = gateway_pb2_grpc.GatewayServiceStub(channel)
         run = gateway.GetRun(gateway_pb2.GetRunRequest(id=folder.name)).run
         assert run.state == gateway_pb2.RUN_STATE_SUCCEEDED
@@ -171,7 +175,7 @@ def test_each_service_answers_the_generated_stubs(machine: Machine, folder: Path
 @pytest.mark.parametrize("service", SERVICES)
 def test_each_service_can_be_called_by_reflection_alone(machine: Machine, folder: Path, service: str) -> None:
     name = f"web4.lora.v1.{service.capitalize()}Service"
-    with grpc.insecure_channel(machine.address(service)) as channel:
+    with machine.channel(service) as channel:
         pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
         method = pool.FindServiceByName(name).FindMethodByName(f"Get{service.capitalize()}Info")
         call = channel.unary_unary(
@@ -186,10 +190,12 @@ def test_the_readme_s_grpcurl_line_works(machine: Machine, folder: Path) -> None
     line = next(
         line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("grpcurl ")
     )
-    words = line.replace("127.0.0.1:8461", machine.address("gateway")).split()
+    line = line.replace("127.0.0.1:8461", machine.address("gateway")).replace(
+        ".web4lora/", f"{machine.home}/"
+    )
     done = subprocess.run(
-        [program("grpcurl"), *words[1:]], capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, "NO_PROXY": "*"},
+        ["sh", "-c", line], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "NO_PROXY": "*", "PATH": f"{program('grpcurl').parent}:{os.environ['PATH']}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert folder.name in done.stdout

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_llama
-from integration.deployer.conftest import gguf, settings, stack
-from servers.llama_cpp import llama_cpp
-from servers.runtimes import model_runner, ollama
 from web4lora_llamacpp import LlamaCpp
 from web4lora_packager.convert import convert
+
+from tests import tiny_llama
+from tests.integration.deployer.conftest import gguf, settings, stack
+from tests.servers.llama_cpp import llama_cpp
+from tests.servers.runtimes import model_runner, ollama
 
 __all__ = ["gguf", "llama_cpp", "model_runner", "ollama", "settings", "stack"]
 

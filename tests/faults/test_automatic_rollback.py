@@ -6,14 +6,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
-from integration.deployer.deployer_stack import Stack, ask, changed, deployed, eventually, listener, server_of
-from servers.fixtures import MakeProxy, Proxy
-from web4.lora.v1 import deployer_pb2
-from web4lora_deployer.deployments import Deployments
+from web4.lora.v1 import deployments_pb2
+from web4lora_deployer.records.deployments import Deployments
 from web4lora_deployer.runtimes.ollama_api import OllamaApi
 from web4lora_deployer.settings import DeployerSettings
+
+from tests.integration.deployer.deployer_stack import (
+    Stack,
+    ask,
+    changed,
+    deployed,
+    eventually,
+    listener,
+    server_of,
+)
+from tests.servers.fixtures import MakeProxy, Proxy
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -30,10 +39,10 @@ def settings(settings: DeployerSettings, request: pytest.FixtureRequest) -> Depl
 
 
 @pytest.fixture
-def two(stack: Stack, gguf: Path, tmp_path: Path) -> Callable[[str], list[deployer_pb2.Deployment]]:
+def two(stack: Stack, gguf: Path, tmp_path: Path) -> Callable[[str], list[deployments_pb2.Deployment]]:
     """Deploys and promotes two models one after the other: returns the older one and the one that serves."""
 
-    def deploy(target: str) -> list[deployer_pb2.Deployment]:
+    def deploy(target: str) -> list[deployments_pb2.Deployment]:
         files = [changed(gguf, tmp_path, word) for word in ("Older", "Newer")]
         return [stack.promote(deployed(stack.deploy(stack.put(file), target=target))) for file in files]
 
@@ -45,8 +54,8 @@ def log(tmp_path: Path) -> Callable[[], str]:
     return (tmp_path / "deployer.log").read_text
 
 
-def rolled_back(stack: Stack, old: deployer_pb2.Deployment) -> deployer_pb2.Deployment:
-    def look() -> deployer_pb2.Deployment | None:
+def rolled_back(stack: Stack, old: deployments_pb2.Deployment) -> deployments_pb2.Deployment:
+    def look() -> deployments_pb2.Deployment | None:
         found = stack.get("demo")
         return found if found.id == old.id else None
 
@@ -55,8 +64,8 @@ def rolled_back(stack: Stack, old: deployer_pb2.Deployment) -> deployer_pb2.Depl
 
 def check(
     stack: Stack,
-    old: deployer_pb2.Deployment,
-    new: deployer_pb2.Deployment,
+    old: deployments_pb2.Deployment,
+    new: deployments_pb2.Deployment,
     log: Callable[[], str],
     why: str,
 ) -> None:
@@ -74,7 +83,7 @@ def check(
 
 
 def test_a_llama_server_that_ends_again_and_again(
-    stack: Stack, two: Callable[[str], list[deployer_pb2.Deployment]], log: Callable[[], str]
+    stack: Stack, two: Callable[[str], list[deployments_pb2.Deployment]], log: Callable[[], str]
 ) -> None:
     old, new = two("llama-server")
     deployments = Deployments(stack.settings.deployer_home)
@@ -87,7 +96,7 @@ def test_a_llama_server_that_ends_again_and_again(
 
 
 def test_a_llama_server_that_ends_once_is_only_started_again(
-    stack: Stack, two: Callable[[str], list[deployer_pb2.Deployment]], log: Callable[[], str]
+    stack: Stack, two: Callable[[str], list[deployments_pb2.Deployment]], log: Callable[[], str]
 ) -> None:
     _, new = two("llama-server")
     for _ in range(2):
@@ -100,7 +109,7 @@ def test_a_llama_server_that_ends_once_is_only_started_again(
 
 def _other(stack: Stack, pid: int) -> bool | None:
     found = stack.get("demo")
-    if found.state != deployer_pb2.DEPLOYMENT_STATE_SERVING:
+    if found.state != deployments_pb2.DEPLOYMENT_STATE_SERVING:
         return None
     try:
         return True if server_of(found).pid != pid else None
@@ -109,7 +118,7 @@ def _other(stack: Stack, pid: int) -> bool | None:
 
 
 def test_a_model_that_ollama_lost(
-    stack: Stack, two: Callable[[str], list[deployer_pb2.Deployment]], ollama: str, log: Callable[[], str]
+    stack: Stack, two: Callable[[str], list[deployments_pb2.Deployment]], ollama: str, log: Callable[[], str]
 ) -> None:
     old, new = two("ollama")
     api = OllamaApi(ollama)
@@ -123,16 +132,16 @@ def test_a_model_that_ollama_lost(
 
 def test_a_model_that_model_runner_lost(
     stack: Stack,
-    two: Callable[[str], list[deployer_pb2.Deployment]],
+    two: Callable[[str], list[deployments_pb2.Deployment]],
     model_runner: str,
     log: Callable[[], str],
 ) -> None:
     old, new = two("docker")
-    httpx.delete(f"{model_runner}/models/{new.id}", params={"force": "true"}, timeout=60).raise_for_status()
+    httpx2.delete(f"{model_runner}/models/{new.id}", params={"force": "true"}, timeout=60).raise_for_status()
     rolled_back(stack, old)
     check(stack, old, new, log, "no longer has it")
-    named = httpx.get(f"{model_runner}/models/demo").json()
-    assert named["id"] == httpx.get(f"{model_runner}/models/{old.id}").json()["id"]
+    named = httpx2.get(f"{model_runner}/models/demo").json()
+    assert named["id"] == httpx2.get(f"{model_runner}/models/{old.id}").json()["id"]
     for each in (old, new):
         stack.delete(each.id)
 
@@ -144,7 +153,7 @@ def ollama_proxy(ollama: str, toxiproxy: MakeProxy) -> Proxy:
 
 def test_an_ollama_that_is_out_of_reach_is_waited_for(
     stack: Stack,
-    two: Callable[[str], list[deployer_pb2.Deployment]],
+    two: Callable[[str], list[deployments_pb2.Deployment]],
     settings: DeployerSettings,
     ollama_proxy: Proxy,
     log: Callable[[], str],
@@ -165,7 +174,7 @@ def test_an_ollama_that_is_out_of_reach_is_waited_for(
 
 
 def test_a_model_that_ollama_can_not_load(
-    stack: Stack, two: Callable[[str], list[deployer_pb2.Deployment]], ollama: str, log: Callable[[], str]
+    stack: Stack, two: Callable[[str], list[deployments_pb2.Deployment]], ollama: str, log: Callable[[], str]
 ) -> None:
     """As after an update of Ollama, or on a broken disk: it still lists the model."""
     old, new = two("ollama")
@@ -185,6 +194,6 @@ def test_a_model_that_ollama_can_not_load(
 
 def _models_of(ollama: str) -> Path:
     """Return the folder in which an Ollama keeps its models."""
-    server = listener(deployer_pb2.Deployment(endpoint=f"{ollama}/v1"))
+    server = listener(deployments_pb2.Deployment(endpoint=f"{ollama}/v1"))
     assert server is not None
     return Path(server.environ()["OLLAMA_MODELS"])

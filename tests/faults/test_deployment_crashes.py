@@ -16,21 +16,22 @@ from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
-from servers.fixtures import free_port
 from web4lora_chassis.artifacts import ArtifactRef, open_store
 from web4lora_chassis.settings import load
-from web4lora_deployer import promotion
-from web4lora_deployer.deploy import DeployRequest, deploy
-from web4lora_deployer.deployments import Deployment, Deployments
-from web4lora_deployer.first_answer import first_answer
+from web4lora_deployer.records.deployments import Deployment, Deployments
 from web4lora_deployer.runtimes import open_runtime
 from web4lora_deployer.runtimes.base import State
+from web4lora_deployer.runtimes.llama_server_supervisor import Supervisor
 from web4lora_deployer.runtimes.ollama_api import OllamaApi
+from web4lora_deployer.serving import promotion
+from web4lora_deployer.serving.deploy import DeployRequest, deploy
+from web4lora_deployer.serving.first_answer import first_answer
 from web4lora_deployer.settings import DeployerSettings
-from web4lora_deployer.supervisor import Supervisor
 from web4lora_llamacpp import LlamaCpp
+
+from tests.servers.fixtures import free_port
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -62,11 +63,11 @@ class Bench:
         """Deploy the next model and promote it, without a fault."""
         return promotion.promote(self.deploy(next(self.ggufs)).id, self.settings)
 
-    def die(self, step: int, verb: str, **given: Any) -> bool:
+    def die(self, step: int, verb: str, *, gate: str = "passed", **given: Any) -> bool:
         """Do a verb in a process that is killed before a step; tell whether it had so many steps."""
         names = ("home", "store", "ollama", "docker_model_runner", "llama_server_first_port")
         given["settings"] = {name: str(getattr(self.settings, name)) for name in names}
-        command = [sys.executable, str(CHILD), str(step), verb, json.dumps(given)]
+        command = [sys.executable, str(CHILD), str(step), verb, json.dumps(given), gate]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode in (0, KILLED), done.stderr
         return done.returncode == KILLED
@@ -80,6 +81,21 @@ class Bench:
         """Return how each deployment does."""
         return {record.id: open_runtime(record.target, self.settings).health(record).state
                 for record in self.deployments.list()}  # fmt: skip
+
+    def shown(self, model: str) -> object:
+        """Return what Ollama shows of a model; nothing where there is none."""
+        if self.target != "ollama":
+            return None
+        shown = OllamaApi(self.settings.ollama).show(model)
+        parameters = sorted(str(shown.get("parameters")).splitlines())  # Ollama tells them in any order
+        return [parameters, *(shown.get(key) for key in ("system", "template", "license"))]
+
+    def candidates(self) -> list[str]:
+        """Return what Ollama has of ours besides the name."""
+        if self.target != "ollama":
+            return []
+        models = httpx2.get(f"{self.settings.ollama}/api/tags", trust_env=False).json()["models"]
+        return [model["name"] for model in models if model["name"].startswith(f"{NAME}:v")]
 
     def check(self, *allowed: str) -> None:
         """See that the name has one of these behind it, and that it answers."""
@@ -121,10 +137,10 @@ class Bench:
         if self.target != "llama-server":
             return True
         try:
-            answer = httpx.get(health.deployed.endpoint.removesuffix("/v1") + "/health", trust_env=False)
-        except httpx.HTTPError:
+            answer = httpx2.get(health.deployed.endpoint.removesuffix("/v1") + "/health", trust_env=False)
+        except httpx2.HTTPError:
             return False
-        return answer.status_code == httpx.codes.OK
+        return answer.status_code == httpx2.codes.OK
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +201,55 @@ def test_deploying_killed_before_each_step_leaves_the_old_one_and_finishes_when_
         if not died:
             break
     assert step > 3
+
+
+@both
+@pytest.mark.parametrize("gate", ["passed", "refused"])
+def test_the_promoted_file_with_other_parameters_poisons_nothing(bench: Bench, gate: str) -> None:
+    """Killed before each step, or refused by the template gate: the next start promotes nothing of it."""
+    old = bench.deployments.get(bench.current())
+    shown = bench.shown(old.id)
+    how = {
+        "name": NAME, "gguf": old.gguf.to_json(), "target": bench.target, "context_tokens": 512, "parallel": 1
+    }  # fmt: skip
+    for step in count(1):
+        died = bench.die(step, "deploy", gate=gate, **how)
+        bench.check(old.id)
+        promotion.settle(bench.settings)  # what the service does when it is started again
+        bench.check(old.id)
+        assert bench.deployments.get(old.id) == old
+        assert bench.shown(old.id) == bench.shown(NAME) == shown
+        if not died:
+            break
+    assert step > 3
+    if gate == "refused":
+        assert set(bench.state()) == {old.id}
+        assert bench.candidates() == ([old.id] if bench.target == "ollama" else [])
+    else:
+        (new,) = set(bench.state()) - {old.id}
+        assert bench.deployments.find(NAME) == old
+        promotion.promote(new, bench.settings)
+        bench.check(new)
+
+
+@both
+@pytest.mark.parametrize("gate", ["passed", "refused"])
+def test_the_promoted_one_deployed_again_is_never_changed(bench: Bench, gate: str) -> None:
+    old = bench.deployments.get(bench.current())
+    shown = bench.shown(old.id)
+    how = {
+        "name": NAME, "gguf": old.gguf.to_json(), "target": bench.target, "context_tokens": 1024,
+        "parallel": 1,
+    }  # fmt: skip
+    for step in count(1):
+        died = bench.die(step, "deploy", gate=gate, **how)
+        bench.check(old.id)
+        promotion.settle(bench.settings)
+        bench.check(old.id)
+        assert bench.deployments.get(old.id) == old
+        assert bench.shown(old.id) == bench.shown(NAME) == shown
+        if not died:
+            break
 
 
 @both

@@ -9,11 +9,12 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from integration.deployer.deployer_stack import Stack, deployed, server_of
-from servers.fixtures import MakeProxy
-from web4.lora.v1 import deployer_pb2, jobs_pb2
+from web4.lora.v1 import deployer_pb2, deployments_pb2, jobs_pb2
 from web4lora_chassis.artifacts import ArtifactRef
 from web4lora_chassis.rpc import ref_message, ref_of
+
+from tests.integration.deployer.deployer_stack import Stack, deployed, server_of
+from tests.servers.fixtures import MakeProxy
 
 pytestmark = pytest.mark.timeout(600)
 CONTEXT_TOKENS = 1024
@@ -84,11 +85,11 @@ def test_an_ollama_too_old_or_too_new_is_told_and_the_right_one_finishes(
     restarted(stack, ollama=other_ollama)
     ref = stack.put(tiny_gguf)
     job = stack.deploy(ref, target="ollama", context_tokens=CONTEXT_TOKENS)
-    assert job.job.state == jobs_pb2.JOB_STATE_FAILED
-    assert job.job.error.reason == reason
-    assert text in job.job.error.message
-    assert "llama-server" in job.job.error.message + job.job.error.fix
-    assert not stack.api.ListDeployments(deployer_pb2.ListDeploymentsRequest()).deployments
+    assert job.state == jobs_pb2.JOB_STATE_FAILED
+    assert job.error.reason == reason
+    assert text in job.error.message
+    assert "llama-server" in job.error.message + job.error.fix
+    assert not stack.deployments.ListDeployments(deployments_pb2.ListDeploymentsRequest()).deployments
 
     restarted(stack, ollama=ollama)
     deployment = deployed(stack.deploy(ref, target="ollama", context_tokens=CONTEXT_TOKENS))
@@ -96,8 +97,9 @@ def test_an_ollama_too_old_or_too_new_is_told_and_the_right_one_finishes(
 
 
 @pytest.fixture
-def suite(stack: Stack, tmp_path: Path) -> ArtifactRef:
-    """A suite of some prompts, each cut off after a few tokens."""
+def suite(stack: Stack, tmp_path: Path, request: pytest.FixtureRequest) -> ArtifactRef:
+    """A suite of some prompts, each cut off after a few tokens, or as many as the test asks for."""
+    max_tokens = getattr(request, "param", 6)
     folder = tmp_path / "suite"
     folder.mkdir()
     rows = [
@@ -114,25 +116,26 @@ def suite(stack: Stack, tmp_path: Path) -> ArtifactRef:
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "suite.yaml").write_text(
-        "name: small\ncores: {guardrail: {check: guardrail, prompts: prompts.jsonl, max_tokens: 6}}\n"
+        "name: small\n"
+        f"cores: {{guardrail: {{check: guardrail, prompts: prompts.jsonl, max_tokens: {max_tokens}}}}}\n"
     )
     files = {path.name: path for path in folder.iterdir()}
     return stack.store.put("suite", "small", files, link=False)
 
 
-def begin_verify(stack: Stack, deployment: deployer_pb2.Deployment, suite: ArtifactRef, key: str) -> str:
+def begin_verify(stack: Stack, deployment: deployments_pb2.Deployment, suite: ArtifactRef, key: str) -> str:
     spec = deployer_pb2.VerifySpec(
         name="demo", deployment=deployment.id, verify=deployer_pb2.VerifySettings(suite=ref_message(suite))
     )
-    request = deployer_pb2.CreateDeployerJobRequest(request_id=key, verify=spec)
-    return str(stack.api.CreateDeployerJob(request).job.job.id)
+    request = jobs_pb2.CreateJobRequest(request_id=key, spec=jobs_pb2.JobSpec(verify=spec))
+    return str(stack.jobs.CreateJob(request).job.id)
 
 
 def asking(stack: Stack, job_id: str, answers: int) -> None:
     """Return once the tests are at work and have so many answers."""
-    request = deployer_pb2.WatchDeployerJobRequest(id=job_id)
-    for snapshot in stack.api.WatchDeployerJob(request):
-        progress = snapshot.job.job.progress
+    request = jobs_pb2.WatchJobRequest(id=job_id)
+    for snapshot in stack.jobs.WatchJob(request):
+        progress = snapshot.job.progress
         if progress.unit == "prompts" and progress.done >= answers:
             return
     raise AssertionError("the tests were over before anything could be done to them")
@@ -150,14 +153,14 @@ def test_a_runtime_that_goes_away_while_it_is_tested(
     asking(stack, job_id, answers=2)
     proxy.cut()
     job = stack.finish(job_id)
-    assert job.job.state == jobs_pb2.JOB_STATE_FAILED
-    assert job.job.error.reason == "MODEL_UNAVAILABLE"
-    assert "failed 4 times in a row" in job.job.error.message
-    assert "then test again" in job.job.error.fix
+    assert job.state == jobs_pb2.JOB_STATE_FAILED
+    assert job.error.reason == "MODEL_UNAVAILABLE"
+    assert "failed 4 times in a row" in job.error.message
+    assert "then test again" in job.error.fix
 
     proxy.heal()
     job = stack.finish(begin_verify(stack, deployment, suite, "again"))
-    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
     stack.delete(deployment.id)
 
 
@@ -167,23 +170,39 @@ def test_a_model_that_never_stops_talking_is_cut_off_and_counted(
     """The tiny model has never learnt to end an answer."""
     deployment = deployed(stack.deploy(stack.put(tiny_gguf), context_tokens=CONTEXT_TOKENS))
     job = stack.finish(begin_verify(stack, deployment, suite, "talks"))
-    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
-    scores = {score.name: score for score in job.verify_result.scores}
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    scores = {score.name: score for score in job.result.verify.scores}
     assert scores["answers.ends"].prompts == 12
     assert scores["answers.ends"].deployed_percent < 50
-    stack.store.get(ref_of(job.verify_result.report), tmp_path / "report")
+    stack.store.get(ref_of(job.result.verify.report), tmp_path / "report")
     assert "never ended: cut off at max_tokens" in (tmp_path / "report" / "eval.json").read_text()
 
 
+def test_a_llama_server_that_hangs_before_it_is_tested_is_started_again_and_tested(
+    stack: Stack, suite: ArtifactRef, tiny_gguf: Path
+) -> None:
+    """It is asked whether it answers, and killed by its supervisor while that is open."""
+    deployment = deployed(stack.deploy(stack.put(tiny_gguf), context_tokens=CONTEXT_TOKENS))
+    server = server_of(deployment)
+    server.suspend()
+    job = stack.finish(begin_verify(stack, deployment, suite, "hung"))
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    assert not server.is_running()
+    assert {score.prompts for score in job.result.verify.scores} == {12}
+
+
+@pytest.mark.parametrize("suite", [400], indirect=True)  # so that the tests are met at work
 def test_a_llama_server_that_is_killed_while_it_is_tested_comes_back_and_the_tests_go_on(
     stack: Stack, suite: ArtifactRef, tiny_gguf: Path
 ) -> None:
     deployment = deployed(stack.deploy(stack.put(tiny_gguf), context_tokens=CONTEXT_TOKENS))
     server = server_of(deployment)
-    server.suspend()  # so that the tests are met at work
     job_id = begin_verify(stack, deployment, suite, "killed")
     asking(stack, job_id, answers=0)
+    server.suspend()  # so that it is killed with an answer open
+    state = stack.jobs.GetJob(jobs_pb2.GetJobRequest(id=job_id)).job.state
+    assert state == jobs_pb2.JOB_STATE_RUNNING, "the tests were over before anything could be done to them"
     server.kill()
     job = stack.finish(job_id)
-    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
-    assert {score.prompts for score in job.verify_result.scores} == {12}
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    assert {score.prompts for score in job.result.verify.scores} == {12}

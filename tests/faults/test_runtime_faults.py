@@ -11,21 +11,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
-from servers.fixtures import MakeProxy, Proxy
-from servers.garbler import Garbler
-from servers.runtimes import running_model_runner, running_ollama
-from unit.deployer.records import record
 from web4lora_chassis.artifacts import hash_file
 from web4lora_chassis.errors import DataLoss, ResourceExhausted, Unavailable, Web4Error
 from web4lora_chassis.jobs import Progress
-from web4lora_deployer.deployments import Deployment
-from web4lora_deployer.first_answer import first_answer
+from web4lora_deployer.records.deployments import Deployment
 from web4lora_deployer.runtimes import docker_model_runner, http, ollama_api, open_runtime
 from web4lora_deployer.runtimes.base import Deployed, Runtime, State
+from web4lora_deployer.serving.first_answer import first_answer
 from web4lora_deployer.settings import DeployerSettings
 from web4lora_llamacpp import LlamaCpp
+
+from tests.servers.fixtures import MakeProxy, Proxy
+from tests.servers.garbler import Garbler
+from tests.servers.runtimes import running_model_runner, running_ollama
+from tests.unit.deployer.sample_records import record
 
 SIZE_BYTES = 32 << 20
 pytestmark = pytest.mark.timeout(600)
@@ -227,15 +228,16 @@ def test_a_runtime_that_is_killed_while_it_takes_a_model_and_started_again(
             target.deploy(report=once("upload", lambda: _kill(url)))
     with running_ollama(tmp_path, llama_cpp, models=models) as url:
         again = Target("ollama", url.removeprefix("http://"), settings, target.wanted, target.file)
-        assert httpx.get(f"{url}/api/tags").json()["models"] == []
+        assert httpx2.get(f"{url}/api/tags").json()["models"] == []
         assert "upload" in again.check_again()
 
 
 def _kill(url: str) -> None:
-    from integration.deployer.deployer_stack import listener
-    from web4.lora.v1 import deployer_pb2
+    from web4.lora.v1 import deployments_pb2
 
-    server = listener(deployer_pb2.Deployment(endpoint=f"{url}/v1"))
+    from tests.integration.deployer.deployer_stack import listener
+
+    server = listener(deployments_pb2.Deployment(endpoint=f"{url}/v1"))
     assert server is not None
     server.kill()
     server.wait(10)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from servers.fixtures import MinioServer, Proxy
-from servers.stores import PART_BYTES, left_uploads, noise, s3_store
 from web4lora_chassis.artifacts import ArtifactStore
 from web4lora_chassis.errors import Unavailable
+
+from tests.servers.fixtures import MinioServer, Proxy
+from tests.servers.stores import PART_BYTES, left_uploads, noise, s3_store
 
 SIZE_BYTES = 32 << 20
 SLACK_BYTES = 256 << 10  # requests, answers, headers

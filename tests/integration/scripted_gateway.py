@@ -17,6 +17,8 @@ from web4.lora.v1 import (
     artifacts_pb2,
     artifacts_pb2_grpc,
     deployer_pb2,
+    deployments_pb2,
+    deployments_pb2_grpc,
     gateway_pb2,
     gateway_pb2_grpc,
     jobs_pb2,
@@ -92,14 +94,14 @@ def results() -> dict[str, dict[str, Any]]:
     }
 
 
-def deployment(endpoint: str) -> deployer_pb2.Deployment:
-    return deployer_pb2.Deployment(
+def deployment(endpoint: str) -> deployments_pb2.Deployment:
+    return deployments_pb2.Deployment(
         id="web4-demo:v1a2b3c4d",
         name="web4-demo",
         target="llama-server",
         endpoint=endpoint,
         model="web4-demo:v1a2b3c4d",
-        state=deployer_pb2.DEPLOYMENT_STATE_SERVING,
+        state=deployments_pb2.DEPLOYMENT_STATE_SERVING,
         runtime_version="b1",
         promoted=True,
     )
@@ -143,10 +145,10 @@ def verified() -> deployer_pb2.VerifyResult:
             ),
             deployer_pb2.Gate(
                 name="score drop: style.all_rules", limit="at most 2 points", measured="3.0 points",
-                passed=False, note="20 prompts can't settle 2 points",
+                passed=False, note="20 prompts can't tell; about 189 that go the same way would",
             ),
         ],
-        verdict="usable, one budget missed: see eval_log.md",
+        verdict="failed: 1 of 2 limits missed, 1 kept",
         time_to_first_token_seconds=0.12,
         tokens_per_second=128,
         memory_bytes=260_000_000,
@@ -159,7 +161,11 @@ def verified() -> deployer_pb2.VerifyResult:
     )  # fmt: skip
 
 
-class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer, artifacts_pb2_grpc.ArtifactServiceServicer):
+class ScriptedGateway(
+    gateway_pb2_grpc.GatewayServiceServicer,
+    deployments_pb2_grpc.DeploymentServiceServicer,
+    artifacts_pb2_grpc.ArtifactServiceServicer,
+):
     """Plays one run; `fail_in` names the stage that fails, `hold_in` the one that never ends by itself."""
 
     def __init__(self, settings: Settings) -> None:
@@ -172,8 +178,11 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer, artifacts_pb2_grp
         self.retried: list[gateway_pb2.RetryRunRequest] = []
         self.endpoint = "http://127.0.0.1:9/v1"
         self.cancelled = threading.Event()
+        self.kept: list[str] = []
         self.not_promoted = False
         self.called: list[Any] = []
+        self.garbage: list[artifacts_pb2.CollectGarbageResponse] = []
+        self.warnings: list[str] = []
         self.run = gateway_pb2.Run()
         self.snapshots: list[gateway_pb2.Run] = []
 
@@ -226,6 +235,7 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer, artifacts_pb2_grp
         return gateway_pb2.GetGatewayInfoResponse(
             version="0.1.0",
             store=self.settings.store,
+            warnings=self.warnings,
             services=[
                 gateway_pb2.ServiceStatus(
                     name="trainer",
@@ -258,7 +268,8 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer, artifacts_pb2_grp
         if request.page_token:
             return gateway_pb2.ListRunsResponse()
         token = RUN_ID if self.snapshots else ""
-        return gateway_pb2.ListRunsResponse(runs=self.snapshots[-1:], next_page_token=token)
+        runs = [run for run in self.snapshots[-1:] if not request.states or run.state in request.states]
+        return gateway_pb2.ListRunsResponse(runs=runs, next_page_token=token)
 
     def WatchRun(self, request: Any, context: Any) -> Iterator[Any]:
         self._known(request.id, context)
@@ -283,7 +294,10 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer, artifacts_pb2_grp
 
     def CancelRun(self, request: Any, context: Any) -> Any:
         self._known(request.id, context)
-        self.cancelled.set()
+        if request.keep:
+            self.kept.append(request.id)
+        else:
+            self.cancelled.set()
         return gateway_pb2.CancelRunResponse(run=self.snapshots[-1])
 
     def RetryRun(self, request: gateway_pb2.RetryRunRequest, context: Any) -> Any:
@@ -296,25 +310,41 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer, artifacts_pb2_grp
             _abort(context, FailedPrecondition("It is at work.", fix="Cancel it first."))
         return gateway_pb2.RetryRunResponse(run=self.snapshots[0])
 
+    def DeleteRun(self, request: gateway_pb2.DeleteRunRequest, context: Any) -> Any:
+        self._known(request.id, context)
+        if self.snapshots[-1].kept:
+            _abort(context, FailedPrecondition(f"{request.id} is kept.", fix="Let go of it."))
+        self.snapshots = []
+        return gateway_pb2.DeleteRunResponse()
+
+    def KeepRun(self, request: gateway_pb2.KeepRunRequest, context: Any) -> Any:
+        self._known(request.id, context)
+        self.snapshots[-1].kept = not request.release
+        return gateway_pb2.KeepRunResponse(run=self.snapshots[-1])
+
+    def CollectGarbage(self, request: artifacts_pb2.CollectGarbageRequest, context: Any) -> Iterator[Any]:
+        self.called.append(request)
+        yield from self.garbage
+
     def ListDeployments(self, request: Any, context: Any) -> Any:
-        return gateway_pb2.GatewayServiceListDeploymentsResponse(deployments=[deployment(self.endpoint)])
+        return deployments_pb2.ListDeploymentsResponse(deployments=[deployment(self.endpoint)])
 
     def PromoteDeployment(self, request: Any, context: Any) -> Any:
         self.called.append(request)
         found = deployment(self.endpoint)
         if request.id != found.id:
             _abort(context, NotFound(f"There is no deployment {request.id!r}.", fix="List them."))
-        return gateway_pb2.GatewayServicePromoteDeploymentResponse(deployment=found)
+        return deployments_pb2.PromoteDeploymentResponse(deployment=found)
 
     def RollbackDeployment(self, request: Any, context: Any) -> Any:
         self.called.append(request)
         if request.name != "web4-demo":
             _abort(context, NotFound(f"Nothing serves under the name {request.name!r}.", fix="List them."))
-        return gateway_pb2.GatewayServiceRollbackDeploymentResponse(deployment=deployment(self.endpoint))
+        return deployments_pb2.RollbackDeploymentResponse(deployment=deployment(self.endpoint))
 
     def DeleteDeployment(self, request: Any, context: Any) -> Any:
         self.called.append(request)
-        return gateway_pb2.GatewayServiceDeleteDeploymentResponse()
+        return deployments_pb2.DeleteDeploymentResponse()
 
     def ListArtifacts(self, request: artifacts_pb2.ListArtifactsRequest, context: Any) -> Any:
         kind = artifacts_pb2.ArtifactKind.Name(request.kind).removeprefix("ARTIFACT_KIND_").lower()
@@ -341,6 +371,7 @@ def serve(gateway: ScriptedGateway, address: str = "127.0.0.1:0") -> tuple[grpc.
     """Serve it; return the server and its port."""
     server = grpc.server(futures.ThreadPoolExecutor(16))
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, server)
+    deployments_pb2_grpc.add_DeploymentServiceServicer_to_server(gateway, server)
     artifacts_pb2_grpc.add_ArtifactServiceServicer_to_server(gateway, server)
     status = health.HealthServicer()
     status.set("web4.lora.v1.GatewayService", health_pb2.HealthCheckResponse.SERVING)

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
-import lora_files
+import httpx2
 import pytest
-from servers.fixtures import free_port
-from servers.registries import PASSWORD, USER, RegistryServer, private_registry
-from servers.smollm2 import smollm2_gguf
 from web4lora_chassis.rpc import channel
 from web4lora_chassis.settings import Settings
 from web4lora_llamacpp import LlamaCpp
+
+from tests import lora_files
+from tests.servers.fixtures import free_port
+from tests.servers.registries import PASSWORD, USER, RegistryServer, private_registry
+from tests.servers.smollm2 import smollm2_gguf
 
 __all__ = ["private_registry"]
 pytestmark = pytest.mark.timeout(400)
@@ -111,7 +112,7 @@ def test_a_gguf_from_elsewhere_is_deployed_answers_and_is_pushed(
     again = desk.json("deploy", str(gguf), "--name", "other", "--context", "512", "--stop", "Newton")
     assert again["unchanged"]
     assert again["deployment"]["promoted"]
-    assert httpx.post(again["request"]["url"], json=again["request"]["body"], timeout=60).is_success
+    assert httpx2.post(again["request"]["url"], json=again["request"]["body"], timeout=60).is_success
     assert "it serves already" in desk.run(
         "deploy", str(gguf), "--name", "other", "--context", "512", "--stop", "Newton"
     )
@@ -192,7 +193,7 @@ def test_ctrl_c_cancels_the_job_and_leaves_nothing_half_done(desk: Desk, gguf: P
         (["cut.gguf", "--name", "a"], "The GGUF is cut off", 1),
         (["cut.gguf"], "cut.gguf comes without a name.", 2),
         (["cut.gguf", "--name", "My Model"], "'My Model'", 2),
-        (["cut.gguf", "--name", "a", "--target", "toaster"], "'toaster' is not a target", 2),
+        (["cut.gguf", "--name", "a", "--target", "toaster"], "'toaster' must be one of auto, ollama", 2),
         (["cut.gguf", "--name", "a", "--target", "ollama"], "not running at http://127.0.0.1:1", 1),
         (["run_2026-01-01_1"], "run_2026-01-01_1", 1),
         (["folder"], "folder is no run's folder", 1),

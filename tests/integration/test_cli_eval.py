@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from integration.test_cli_deploy import Desk, desk, gguf
-from servers.fixtures import free_port
 from web4lora_chassis.process import start
 from web4lora_llamacpp import LlamaCpp
+
+from tests.integration.test_cli_deploy import Desk, desk, gguf
+from tests.servers.fixtures import free_port
 
 __all__ = ["desk", "gguf"]
 pytestmark = pytest.mark.timeout(400)
@@ -41,10 +42,13 @@ def test_a_deployment_is_evaluated_and_a_missed_limit_is_told(desk: Desk, gguf: 
     assert "measured, with no limits to keep" in text
     assert "tested/eval_log.md" in text
     assert (desk.root / "tested" / "eval_log.md").read_text().startswith("# ✅ other-eval")
-    missed = desk.run("eval", "other", "--suite", suite, "--limit", "min_tokens_per_second=1e6", code=1)
-    assert "generation speed: not measured" in missed
+    missed = desk.run("eval", "other", "--suite", suite, "--limit", "max_memory_bytes=1", code=1)
+    assert "✗ failed: 1 of 1 limits missed (memory)" in missed
+    unknown = desk.run("eval", "other", "--suite", suite, "--limit", "min_tokens_per_second=1e6")
+    assert "? undecided: no limit missed" in unknown
+    assert "generation speed not measured" in unknown
     result = desk.json("eval", "other", "--suite", suite, "--limit", "min_score_percent.guardrail.helps=50")
-    assert (result["passed"], result["prompts"]) == (True, 1)
+    assert (result["state"], result["passed"], result["prompts"]) == ("TEST_STATE_UNDECIDED", False, 1)
     assert "is not a key here" in desk.run("eval", "other", "--suite", suite, "--limit", "speed=1", code=2)
     assert "no deployment 'nobody'" in desk.run("eval", "nobody", "--suite", suite, code=1)
 

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from web4.lora.v1 import gateway_pb2
 from web4lora import Client
+from web4lora.client import ended
 from web4lora.main import main
 from web4lora_chassis.artifacts import ArtifactRef
 from web4lora_chassis.errors import InvalidInput, NotFound, Unavailable
@@ -118,7 +119,7 @@ def test_a_run_on_a_pipe_is_told_line_by_line(desk: Desk) -> None:
     assert rows[0] == f"{RUN_ID} · web4-demo from smollm2-135m-instruct"
     assert "  train      starts" in rows
     assert any(row.startswith("  train      226 steps · loss 0.30") and "✓ 3 min 41 s" in row for row in rows)
-    assert "  verdict    ✗ usable, one budget missed: see eval_log.md" in rows
+    assert "  verdict    ✗ failed: 1 of 2 limits missed, 1 kept" in rows
     assert f"  All files          outputs/{RUN_ID}/     log: outputs/{RUN_ID}/logs/run.log" in rows
     assert any("chat web4-demo 'Create an agent named atlas'" in row for row in rows)
     [request] = desk.gateway.created
@@ -315,6 +316,22 @@ def test_ctrl_c_asks_and_cancel_cancels(desk: Desk) -> None:
     assert desk.gateway.cancelled.is_set()
     assert "was cancelled" in terminal.text
     assert "Traceback" not in terminal.text
+
+
+def test_a_training_is_ended_early_and_the_run_goes_on(desk: Desk) -> None:
+    desk.gateway.hold_in = "TRAIN"
+    terminal = Terminal(desk, "run", "demo.yaml")
+    terminal.wait_for("0/226 steps")
+    while ended(desk.gateway.snapshots[-1]):  # the script's end has not come yet
+        desk.gateway.snapshots.pop()
+    told = desk.run("runs", "cancel", "--keep").stdout
+    assert f"{RUN_ID} ends its training after this step and goes on with packaging." in told
+    assert desk.gateway.kept == [RUN_ID]
+    assert not desk.gateway.cancelled.is_set()
+    terminal.type("\x03")
+    terminal.wait_for("Enter: go on")
+    terminal.type("d\n")
+    assert terminal.end() == 0
 
 
 def test_a_second_ctrl_c_detaches(desk: Desk) -> None:
@@ -549,6 +566,16 @@ def test_datasets_are_checked_and_good_rows_kept(desk: Desk) -> None:
         "is there already" in desk.run("dataset", "check", "bad.jsonl", "--drop", "good.jsonl", code=2).stderr
     )
     assert "✓ 2 good rows" in desk.run("dataset", "check", "good.jsonl").stdout
+    (desk.root / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode())
+    desk.run("dataset", "check", "good.jsonl", "bom.jsonl", "--drop", "both.jsonl")
+    assert (desk.root / "both.jsonl").read_bytes().count(b"\xef\xbb\xbf") == 0
+    (desk.root / "empty.jsonl").write_text("\n\n", "utf-8")
+    done = desk.run("dataset", "check", "empty.jsonl", "--drop", "none.jsonl", code=2)
+    assert "there is no row in it" in done.stdout
+    assert not (desk.root / "none.jsonl").exists()
+    (desk.root / "array.json").write_text(json.dumps([ROW] * 24, indent=1), "utf-8")
+    done = desk.run("dataset", "check", "array.json", code=1)
+    assert done.stdout.count("array.json") == 2, "the file and the command, once"
     assert "gone.jsonl can't be read" in desk.run("dataset", "check", "gone.jsonl", code=1).stderr
 
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import stat
 import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import grpc
 import pytest
-from servers.native import SERVICES, Machine
+from web4.lora.v1 import gateway_pb2, gateway_pb2_grpc
+from web4lora_chassis.errors import Unauthenticated
+from web4lora_chassis.rpc import channel, error_of
+from web4lora_chassis.settings import Settings
+from web4lora_llamacpp.tools import TARGETS
+
+from tests.servers.native import SERVICES, Machine
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -32,6 +40,14 @@ def test_a_stack_starts_is_seen_heals_and_stops(machine: Machine) -> None:
     gateway = machine.process("gateway")
     assert gateway is not None
     assert gateway.environ()["WEB4LORA_OUTPUTS"] == str(machine.root / "outputs")
+
+    assert stat.S_IMODE(machine.home.stat().st_mode) == 0o700
+    assert stat.S_IMODE((machine.home / "token").stat().st_mode) == 0o600
+    with channel(machine.address("gateway"), Settings(home=machine.root / "another account")) as stranger:
+        stub = gateway_pb2_grpc.GatewayServiceStub(stranger)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ListRuns(gateway_pb2.ListRunsRequest(), timeout=20)
+        assert type(error_of(caught.value)) is Unauthenticated
 
     state = json.loads(machine.run("status", "--json"))
     assert all(each["serving"] and each["version"] for each in state["services"])
@@ -133,6 +149,22 @@ def test_doctor_looks_at_everything_and_says_what_to_do(machine: Machine) -> Non
     assert "0.31.2 or newer is needed" in rows["Ollama"]
     assert rows["Docker Model Runner"].startswith("  ! ")
     assert "host-side TCP 12434" in rows["Docker Model Runner"]
+
+
+@pytest.mark.parametrize(("number", "words"), [("SEGV", "SIGSEGV"), ("ILL", "SIGILL")])
+def test_doctor_says_that_llama_cpp_crashes_here(machine: Machine, number: str, words: str) -> None:
+    tools = machine.root / "tools"
+    tools.mkdir()
+    for name in TARGETS:
+        case = 'case "$*" in *--version*) echo "version: 1 (0123abc)"; exit;; esac'
+        (tools / name).write_text(f"#!/bin/sh\n{case}\nkill -{number} $$\n")
+        (tools / name).chmod(0o755)
+    machine.env["WEB4LORA_LLAMA_CPP"] = str(tools)
+    machine.env["WEB4LORA_CACHE"] = str(machine.root / "cache")
+    checks = {check["name"]: check for check in json.loads(machine.run("doctor", "--json", code=1))}
+    assert checks["llama.cpp"]["sign"] == "missing"
+    assert f"llama-quantize was killed by {words}" in checks["llama.cpp"]["text"]
+    assert "Unset WEB4LORA_LLAMA_CPP" in checks["llama.cpp"]["text"]
 
 
 def test_doctor_fails_only_for_what_is_needed(machine: Machine) -> None:

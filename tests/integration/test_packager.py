@@ -16,19 +16,22 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-import tiny_llama
-from web4.lora.v1 import artifacts_pb2, jobs_pb2, packager_pb2, packager_pb2_grpc
+from safetensors.numpy import load_file
+from web4.lora.v1 import artifacts_pb2, jobs_pb2, jobs_pb2_grpc, packager_pb2, packager_pb2_grpc
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, hash_file, open_store
 from web4lora_chassis.errors import InvalidInput, NotFound
+from web4lora_chassis.model_files.gguf import read_gguf
+from web4lora_chassis.model_files.trained_conversations import Conversation, TrainedConversations, Turn
 from web4lora_chassis.rpc import channel, error_of, ref_message, ref_of
 from web4lora_chassis.settings import load
 from web4lora_llamacpp import LlamaCpp
-from web4lora_packager.assertion import assert_merged
-from web4lora_packager.gguf_file import read_header
+from web4lora_packager.child import ask
 from web4lora_packager.settings import PackagerSettings
 
+from tests import tiny_llama
+
 pytestmark = pytest.mark.timeout(300)
-Job = packager_pb2.PackagerJob
+Job = jobs_pb2.Job
 
 
 class Stack:
@@ -58,6 +61,11 @@ class Stack:
         return packager_pb2_grpc.PackagerServiceStub(self._channel)
 
     @property
+    def jobs(self) -> jobs_pb2_grpc.JobServiceStub:
+        assert self._channel is not None
+        return jobs_pb2_grpc.JobServiceStub(self._channel)
+
+    @property
     def process(self) -> psutil.Process:
         assert self._process is not None
         return psutil.Process(self._process.pid)
@@ -84,12 +92,12 @@ class Stack:
         self._process.wait(30)
 
     def create(self, request_id: str, spec: packager_pb2.PackageSpec) -> Job:
-        request = packager_pb2.CreatePackagerJobRequest(request_id=request_id, package=spec)
-        return self.api.CreatePackagerJob(request).job
+        request = jobs_pb2.CreateJobRequest(request_id=request_id, spec=jobs_pb2.JobSpec(package=spec))
+        return self.jobs.CreateJob(request).job
 
     def watch(self, job_id: str, until: Callable[[Job], bool]) -> Job:
         """Follow a job until a snapshot is what is waited for; a terminal one ends the stream."""
-        for answer in self.api.WatchPackagerJob(packager_pb2.WatchPackagerJobRequest(id=job_id)):
+        for answer in self.jobs.WatchJob(jobs_pb2.WatchJobRequest(id=job_id)):
             if until(answer.job):
                 return answer.job
         pytest.fail(f"the job ended otherwise: {answer.job}")
@@ -108,7 +116,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _ended(job: Job) -> bool:
-    return job.job.state in (
+    return job.state in (
         jobs_pb2.JOB_STATE_SUCCEEDED,
         jobs_pb2.JOB_STATE_FAILED,
         jobs_pb2.JOB_STATE_CANCELLED,
@@ -123,7 +131,7 @@ def _wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def _in_phase(phase: str) -> Callable[[Job], bool]:
-    return lambda job: job.job.progress.phase.startswith(phase)
+    return lambda job: job.progress.phase.startswith(phase)
 
 
 @pytest.fixture(scope="session")
@@ -150,9 +158,9 @@ def test_packages_a_model(stack: Stack, tmp_path: Path, base: Path, adapter: Pat
     assert info.tools["llama-cpp-python"]
 
     created = stack.create("one", stack.spec("Q4_K_M", "Q8_0"))
-    job = stack.watch(created.job.id, _ended)
-    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
-    result = job.package_result
+    job = stack.watch(created.id, _ended)
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    result = job.result.package
     assert result.llama_cpp_version == info.llama_cpp_version
     assert (result.merge.adapter_tensors, result.merge.merged_tensors) == (16, 8)
     assert 0 < result.merge.relative_effect < 1
@@ -171,7 +179,7 @@ def test_packages_a_model(stack: Stack, tmp_path: Path, base: Path, adapter: Pat
         stack.store.get(ref_of(ref), run)
     for gguf in (reference, *quantized):
         assert (run / gguf.file_name).stat().st_size == gguf.size_bytes
-        assert read_header(run / gguf.file_name).chat_template == tiny_llama.CHAT_TEMPLATE
+        assert read_gguf(run / gguf.file_name).chat_template == tiny_llama.CHAT_TEMPLATE
     checker = shutil.which("shasum")
     command = [checker, "-a", "256"] if checker else ["sha256sum"]
     told = subprocess.run([*command, "-c", "SHA256SUMS"], cwd=run, check=True, capture_output=True, text=True)
@@ -187,7 +195,8 @@ def test_packages_a_model(stack: Stack, tmp_path: Path, base: Path, adapter: Pat
 
     merged = stack.store.get(ref_of(result.merged), tmp_path / "merged")
     assert merged.inputs == (stack.base, stack.adapter)
-    assert assert_merged(base, adapter, tmp_path / "merged") == result.merge.max_abs_error
+    proof = ask("prove", tmp_path, base, adapter, tmp_path / "merged")
+    assert proof == {"max_abs_error": result.merge.max_abs_error, "compared": 8}
     for path in base.iterdir():
         same = path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes()
         assert same == (path.suffix != ".safetensors"), path.name
@@ -196,8 +205,72 @@ def test_packages_a_model(stack: Stack, tmp_path: Path, base: Path, adapter: Pat
     assert lineage.tools["llama.cpp"] == info.llama_cpp_version
 
     again = stack.create("one", stack.spec("Q4_K_M", "Q8_0"))
-    assert again.job.id == created.job.id
-    assert again.package_result == result
+    assert again.id == created.id
+    assert again.result.package == result
+
+
+def test_what_training_kept_lies_beside_each_gguf_and_ends_its_answers(
+    stack: Stack, tmp_path: Path, base: Path
+) -> None:
+    # llama.cpp takes <|im_start|> for no end, and looks for Phi-3's tokens by a name.
+    start = 3
+    adapter = tiny_llama.write_adapter(tmp_path / "kept", base)
+    messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    row = Conversation("f", 1, messages, (5, start), (-100, start), (Turn(1, 1, start),))
+    TrainedConversations((row,)).write(adapter)
+    ref = stack.store.put("adapter", "kept", _files(adapter), inputs=[stack.base], link=False)
+    spec = stack.spec("Q8_0")
+    spec.name = "phi3-helper"
+    spec.adapter.CopyFrom(ref_message(ref))
+    spec.package.adapter_gguf = spec.base_gguf = True
+    job = stack.watch(stack.create("kept", spec).id, _ended)
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    result = job.result.package
+    for gguf in (result.reference, *result.quantized):
+        folder = tmp_path / gguf.type
+        stack.store.get(ref_of(gguf.artifact), folder)
+        assert sorted(path.name for path in folder.iterdir()) == sorted(
+            [gguf.file_name, "trained_conversations.json"]
+        )
+        copied = (folder / "trained_conversations.json").read_bytes()
+        assert copied == (adapter / "trained_conversations.json").read_bytes()
+        header = read_gguf(folder / gguf.file_name)
+        assert (header.values["general.name"], header.end_ids) == ("tiny", (4, start))
+        assert sum(gguf.weights_by_type.values()) == header.parameters
+        assert gguf.contents == ""
+    stack.store.get(ref_of(result.files), tmp_path / "files")
+    assert json.loads((tmp_path / "files" / "modelfile.json").read_text())["stop"][0] == "<|im_start|>"
+    for made, ends in ((result.adapter_base.artifact, (4, start)), (result.base_gguf, (4,))):
+        folder = tmp_path / made.digest
+        stack.store.get(ref_of(made), folder)
+        assert read_gguf(next(folder.iterdir())).end_ids == ends  # the untrained one as it came
+    spec.name = "another"
+    again = stack.watch(stack.create("again", spec).id, _ended).result.package
+    assert (again.adapter_base.artifact, again.base_gguf) == (result.adapter_base.artifact, result.base_gguf)
+
+
+def test_a_head_that_llama_cpp_has_no_place_for_is_refused(stack: Stack, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = tiny_llama.write_base(tmp_path / "gemma")
+    config = transformers.GemmaConfig(
+        vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"], hidden_size=64,
+        intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    adapter = tiny_llama.write_adapter(
+        tmp_path / "whole", folder,
+        modules=("q_proj",), rank=4, modules_to_save=["embed_tokens"],
+        extra={"base_model.model.model.embed_tokens.weight": embedding + 1},
+    )  # fmt: skip
+    base = stack.store.put("base_model", "gemma", _files(folder), link=False)
+    ref = stack.store.put("adapter", "whole", _files(adapter), inputs=[base], link=False)
+    spec = stack.spec("Q8_0")
+    spec.base.CopyFrom(ref_message(base))
+    spec.adapter.CopyFrom(ref_message(ref))
+    job = stack.watch(stack.create("whole", spec).id, _ended)
+    assert job.error.reason == "HEAD_NOT_CONVERTIBLE", job.error
+    assert "gemma has one tensor for both" in job.error.message
 
 
 def test_an_importance_matrix_is_made_from_the_training_data(stack: Stack, tmp_path: Path) -> None:
@@ -215,9 +288,9 @@ def test_an_importance_matrix_is_made_from_the_training_data(stack: Stack, tmp_p
     spec = stack.spec("IQ2_XS")
     spec.package.importance_matrix = True
     spec.dataset.CopyFrom(ref_message(dataset))
-    job = stack.watch(stack.create("matrix", spec).job.id, _ended)
-    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
-    (quantized,) = job.package_result.quantized
+    job = stack.watch(stack.create("matrix", spec).id, _ended)
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    (quantized,) = job.result.package.quantized
     assert quantized.bits_per_weight < 4.5
     assert dataset in stack.store.manifest(ref_of(quantized.artifact)).inputs
 
@@ -228,15 +301,15 @@ def test_another_base_is_refused(stack: Stack, tmp_path: Path) -> None:
     )
     spec = stack.spec()
     spec.base.CopyFrom(ref_message(other))
-    job = stack.watch(stack.create("other", spec).job.id, _ended)
-    assert job.job.state == jobs_pb2.JOB_STATE_FAILED
-    assert job.job.error.reason == "BASE_MISMATCH"
-    assert "Merging would give a model nobody trained." in job.job.error.message
+    job = stack.watch(stack.create("other", spec).id, _ended)
+    assert job.state == jobs_pb2.JOB_STATE_FAILED
+    assert job.error.reason == "BASE_MISMATCH"
+    assert "Merging would give a model nobody trained." in job.error.message
     assert not stack.store.find("merged_model")
 
 
 def test_goes_on_behind_the_last_finished_step_after_a_kill(stack: Stack) -> None:
-    job_id = stack.create("killed", stack.spec("Q4_K_M")).job.id
+    job_id = stack.create("killed", stack.spec("Q4_K_M")).id
     stack.watch(job_id, _in_phase("convert"))
     children = stack.process.children(recursive=True)
     work = stack.settings.home / "packager" / "jobs" / job_id / "work"
@@ -246,20 +319,20 @@ def test_goes_on_behind_the_last_finished_step_after_a_kill(stack: Stack) -> Non
     assert not [child for child in children if child.is_running()]  # none works on without its service
     stack.start()
     job = stack.watch(job_id, _ended)
-    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
-    assert job.job.attempt == 2
-    place = stack.settings.home.parent / "store" / ref_of(job.package_result.merged).prefix
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    assert job.attempt == 2
+    place = stack.settings.home.parent / "store" / ref_of(job.result.package.merged).prefix
     assert (place / "model.safetensors").stat().st_mtime_ns == merged_at  # linked: the first attempt's own
     _wait_until(lambda: not work.exists())
 
 
 def test_a_cancelled_job_leaves_no_process(stack: Stack) -> None:
-    job_id = stack.create("cancelled", stack.spec()).job.id
+    job_id = stack.create("cancelled", stack.spec()).id
     stack.watch(job_id, _in_phase("convert"))
     assert stack.process.children(recursive=True)
-    stack.api.CancelPackagerJob(packager_pb2.CancelPackagerJobRequest(id=job_id))
+    stack.jobs.CancelJob(jobs_pb2.CancelJobRequest(id=job_id))
     job = stack.watch(job_id, _ended)
-    assert job.job.state == jobs_pb2.JOB_STATE_CANCELLED
+    assert job.state == jobs_pb2.JOB_STATE_CANCELLED
     _wait_until(lambda: not stack.process.children(recursive=True))
     assert not stack.store.find("gguf")
 
@@ -269,25 +342,25 @@ def test_errors_name_what_is_wrong(stack: Stack) -> None:
         stack.create("bad", stack.spec("Q4"))
     error = error_of(bad_type.value)
     assert isinstance(error, InvalidInput)
-    assert error.metadata["field"] == "quantizations"
+    assert error.metadata["field"] == "package.quantizations"
     with pytest.raises(grpc.RpcError) as no_job:
-        stack.api.GetPackagerJob(packager_pb2.GetPackagerJobRequest(id="nothing"))
+        stack.jobs.GetJob(jobs_pb2.GetJobRequest(id="nothing"))
     assert isinstance(error_of(no_job.value), NotFound)
     gone = stack.spec()
     gone.adapter.CopyFrom(
         artifacts_pb2.ArtifactRef(kind=artifacts_pb2.ARTIFACT_KIND_ADAPTER, name="gone", digest="0" * 64)
     )
-    job = stack.watch(stack.create("gone", gone).job.id, _ended)
-    assert (job.job.state, job.job.error.reason) == (jobs_pb2.JOB_STATE_FAILED, "NOT_FOUND")
-    assert str(ArtifactRef("adapter", "gone", "0" * 64)) in job.job.error.message
+    job = stack.watch(stack.create("gone", gone).id, _ended)
+    assert (job.state, job.error.reason) == (jobs_pb2.JOB_STATE_FAILED, "NOT_FOUND")
+    assert str(ArtifactRef("adapter", "gone", "0" * 64)) in job.error.message
 
 
 def test_adapter_and_base_are_made_for_llama_server_to_switch(stack: Stack, tmp_path: Path) -> None:
     spec = stack.spec("Q4_K_M", "Q8_0")
     spec.package.adapter_gguf = True
-    job = stack.watch(stack.create("switchable", spec).job.id, _ended)
-    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
-    result = job.package_result
+    job = stack.watch(stack.create("switchable", spec).id, _ended)
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    result = job.result.package
     adapter, base = result.adapter_gguf, result.adapter_base
     assert (adapter.file_name, adapter.type, adapter.bits_per_weight) == ("adapter.gguf", "F32", 32)
     assert (base.file_name, base.type) == ("base.Q4_K_M.gguf", "Q4_K_M")
@@ -303,7 +376,7 @@ def test_adapter_and_base_are_made_for_llama_server_to_switch(stack: Stack, tmp_
     sums = (tmp_path / "run" / "SHA256SUMS").read_text()
     for name in ("adapter.gguf", "base.Q4_K_M.gguf"):
         assert f"{hash_file(tmp_path / 'run' / name)}  {name}\n" in sums
-    again = stack.watch(stack.create("again", spec).job.id, _ended).package_result
+    again = stack.watch(stack.create("again", spec).id, _ended).result.package
     assert (again.adapter_gguf.artifact, again.adapter_base.artifact) == (adapter.artifact, base.artifact)
 
 
@@ -315,27 +388,27 @@ def test_an_adapter_that_has_no_exact_gguf_fails_before_it_is_merged(
     ref = stack.store.put("adapter", "other", _files(other), inputs=[stack.base], link=False)
     spec.adapter.CopyFrom(ref_message(ref))
     spec.package.adapter_gguf = True
-    job = stack.watch(stack.create("other", spec).job.id, _ended)
-    assert job.job.error.reason == "ADAPTER_NOT_CONVERTIBLE"
-    assert "use_rslora" in job.job.error.message
+    job = stack.watch(stack.create("other", spec).id, _ended)
+    assert job.error.reason == "ADAPTER_NOT_CONVERTIBLE"
+    assert "use_rslora" in job.error.message
     assert not stack.store.find("merged_model")
 
 
 def test_the_untrained_base_is_converted_once(stack: Stack, tmp_path: Path) -> None:
     spec = stack.spec("Q8_0")
-    assert not stack.watch(stack.create("without", spec).job.id, _ended).package_result.HasField("base_gguf")
+    assert not stack.watch(stack.create("without", spec).id, _ended).result.package.HasField("base_gguf")
     spec.base_gguf = True
-    first = stack.watch(stack.create("first", spec).job.id, _ended)
-    assert first.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, first.job.error
-    made = ref_of(first.package_result.base_gguf)
+    first = stack.watch(stack.create("first", spec).id, _ended)
+    assert first.state == jobs_pb2.JOB_STATE_SUCCEEDED, first.error
+    made = ref_of(first.result.package.base_gguf)
     assert stack.store.manifest(made).inputs == (stack.base,)
     stack.store.get(made, tmp_path / "base")
     (file,) = (tmp_path / "base").iterdir()
     # As large as the merged model, and not the merged model.
-    assert file.stat().st_size == pytest.approx(first.package_result.reference.size_bytes, abs=64)
-    merged = stack.store.manifest(ref_of(first.package_result.reference.artifact)).files[0]
+    assert file.stat().st_size == pytest.approx(first.result.package.reference.size_bytes, abs=64)
+    merged = stack.store.manifest(ref_of(first.result.package.reference.artifact)).files[0]
     assert stack.store.manifest(made).files[0].sha256 != merged.sha256
     spec.name = "another-adapter"
-    again = stack.watch(stack.create("again", spec).job.id, _ended)
-    assert ref_of(again.package_result.base_gguf) == made
+    again = stack.watch(stack.create("again", spec).id, _ended)
+    assert ref_of(again.result.package.base_gguf) == made
     assert len(list(stack.store.find("gguf", stack.base.name))) == 1

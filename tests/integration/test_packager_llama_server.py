@@ -8,14 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import psutil
 import pytest
-import tiny_llama
 from web4lora_chassis.errors import FailedPrecondition, NotFound
 from web4lora_llamacpp import LlamaCpp, LlamaServer
 from web4lora_packager.check import check_loads
 from web4lora_packager.convert import convert
+
+from tests import tiny_llama
 
 pytestmark = pytest.mark.timeout(180)
 READY_SECONDS = 90.0
@@ -41,15 +42,15 @@ def test_serves_with_the_models_own_template_and_a_whole_context_for_each(
     with server:
         server.wait_ready(READY_SECONDS)
         root = server.endpoint.removesuffix("/v1")
-        props = httpx.get(f"{root}/props").json()
+        props = httpx2.get(f"{root}/props").json()
         assert props["total_slots"] == 3
         assert props["default_generation_settings"]["n_ctx"] == 512
         assert props["chat_template"] == tiny_llama.CHAT_TEMPLATE
         body = {"messages": [{"role": "user", "content": "hi"}]}
-        prompt = httpx.post(f"{root}/apply-template", json=body).json()["prompt"]
+        prompt = httpx2.post(f"{root}/apply-template", json=body).json()["prompt"]
         assert prompt.startswith(f"<|im_start|>system\n{tiny_llama.SYSTEM}<|im_end|>\n<|im_start|>user\nhi")
-        assert httpx.get(f"{server.endpoint}/models").json()["data"][0]["id"] == "tiny-one"
-        origin = httpx.get(f"{root}/health", headers={"Origin": "https://example.org"})
+        assert httpx2.get(f"{server.endpoint}/models").json()["data"][0]["id"] == "tiny-one"
+        origin = httpx2.get(f"{root}/health", headers={"Origin": "https://example.org"})
         assert origin.headers.get("access-control-allow-origin") not in ("*", "https://example.org")
         assert psutil.Process(server.pid).name() == "llama-server"
     assert not server.alive

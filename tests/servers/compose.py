@@ -22,7 +22,7 @@ from web4lora_chassis.process import run
 from web4lora_chassis.settings import Settings, load
 from web4lora_llamacpp import find
 
-from servers.build import build
+from tests.servers.build import build
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -64,20 +64,23 @@ def require_engine() -> None:
 class ComposeStack:
     """The stack of `compose.yaml`, with ports and a project of its own.
 
+    It starts as on a fresh clone, with no file of secrets. `take_secrets` then makes .env and .secrets out of
+    what the stack has made, as people do who want programs on this machine to reach it.
+
     Args:
         folder: Where its .env, secrets and the trainer's state go.
         project: Name of the Compose project.
 
     Attributes:
-        env_file: Its .env.
+        env_file: What Compose is given: the ports alone, then .env.
         model_port: The first port of models that its llama-server serves.
     """
 
     def __init__(self, folder: Path, project: str) -> None:
         self.folder = folder
         self.project = project
-        self.env_file = folder / ".env"
-        run([sys.executable, ROOT / "docker" / "make-env", "--folder", folder])
+        self.env_file = folder / "ports.env"
+        self.env_file.touch()
         gateway = _free_ports(4 + MODEL_PORTS)
         minio, console, self.trainer_port, self.model_port = (gateway + index for index in range(1, 5))
         self.console = f"http://127.0.0.1:{console}"
@@ -100,6 +103,16 @@ class ComposeStack:
             TORCH_INDEX=_TORCH_INDEX if _reachable(_TORCH_INDEX) else "",
             WEB4LORA_BUILD_CA=os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE") or "/dev/null",
         )
+
+    def take_secrets(self) -> None:
+        """Make .env and .secrets with the secrets that the stack has, and go on with them."""
+        make_env = [sys.executable, ROOT / "docker" / "make-env", "--folder", self.folder]
+        run([*make_env, "--project", self.project], timeout_seconds=_CALL_SECONDS)
+        set_before = dict(
+            line.split("=", 1) for line in self.env_file.read_text(encoding="utf-8").splitlines()
+        )
+        self.env_file = self.folder / ".env"
+        self.set(**set_before)
 
     def set(self, **values: object) -> None:
         """Set variables of the .env, those that are only shown as a default too."""

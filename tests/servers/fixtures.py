@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import urllib3
@@ -23,7 +23,7 @@ from minio import Minio
 from minio.error import S3Error
 from web4lora_chassis.process import start
 
-from servers.build import find
+from tests.servers.build import find
 
 NOT_BUILT = " is not built"
 """What the reason of a skipped test says behind the name of the server that it wants."""
@@ -35,9 +35,13 @@ _STOP_SECONDS = 10.0
 def program(name: str) -> Path:
     """Return a server's program, or skip the test; in CI, fail it."""
     found = find(name)
-    if found and found.is_file():
-        return found
-    why = f"{name}{NOT_BUILT}: python tests/servers/build.py {name}"
+    if not found or not found.is_file():
+        missing(f"{name}{NOT_BUILT}: python tests/servers/build.py {name}")
+    return found
+
+
+def missing(why: str) -> NoReturn:
+    """Skip a test whose server is not there; in CI, fail it."""
     if os.environ.get("CI") == "true":
         pytest.fail(why)
     pytest.skip(why)

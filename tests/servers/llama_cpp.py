@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from web4lora_chassis.settings import Settings, load
 from web4lora_llamacpp import LlamaCpp, find
+
+from tests.servers.fixtures import missing
 
 
 @pytest.fixture(scope="session")
 def llama_cpp() -> LlamaCpp:
     """The tools; without them the test is skipped, and fails in CI."""
     found = find(load(Settings).cache)
-    if found:
-        return found
-    why = "llama.cpp is not compiled here: python -m web4lora_llamacpp build"
-    if os.environ.get("CI") == "true":
-        pytest.fail(why)
-    pytest.skip(why)
+    if not found:
+        missing("llama.cpp is not compiled here: python -m web4lora_llamacpp build")
+    return found

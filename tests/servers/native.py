@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import psutil
+from web4lora_chassis.rpc import channel
+from web4lora_chassis.settings import Settings
 
 SERVICES = ("trainer", "packager", "deployer", "gateway")
 _CALL_SECONDS = 900.0
@@ -41,6 +44,10 @@ class Machine:
         """Return where a service listens."""
         return self.env[f"WEB4LORA_{service.upper()}_ADDRESS"]
 
+    def channel(self, service: str) -> grpc.Channel:
+        """Return a connection to a service, with the stack's token."""
+        return channel(self.address(service), Settings(home=self.home))
+
     def command(self, *words: str) -> list[str]:
         """Return a `web4lora` command."""
         return [sys.executable, "-m", "web4lora", *words]
@@ -68,7 +75,8 @@ class Machine:
         found = []
         for process in psutil.process_iter():
             try:
-                ours = process.environ().get("WEB4LORA_HOME") == str(self.home)
+                told = process.environ().get("WEB4LORA_HOME") == str(self.home)
+                ours = told or any(str(self.home) in word for word in process.cmdline())
                 if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process.cmdline())
             except psutil.Error:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
-from servers.fixtures import free_port, program, started
+from tests.servers.fixtures import free_port, program, started
 
 USER, PASSWORD = "atlas", "sesame"
 _HTPASSWD = f"{USER}:$2b$05$abcdefghijklmnopqrstuuKcS.CYWVYVaLiiCKrrc0A5s3mGesJ9O\n"  # bcrypt of PASSWORD
@@ -34,7 +34,7 @@ class RegistryServer:
 
     def digest(self, repository: str, tag: str) -> str:
         """Return the digest of what a tag stands for; empty when there is no such tag."""
-        answer = httpx.head(
+        answer = httpx2.head(
             f"http://{self.host}/v2/{repository}/manifests/{tag}",
             headers={"Accept": "application/vnd.oci.image.manifest.v1+json"},
             auth=self.auth,

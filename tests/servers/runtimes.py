@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from web4lora_llamacpp import LlamaCpp
 
-from servers.fixtures import free_port, program, started
+from tests.servers.fixtures import free_port, program, started
 
 
 @contextmanager

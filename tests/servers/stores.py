@@ -10,7 +10,7 @@ from web4lora_chassis.artifacts import ArtifactStore
 from web4lora_chassis.artifacts.s3 import S3Backend
 from web4lora_chassis.artifacts.s3_upload import unfinished
 
-from servers.fixtures import MinioServer
+from tests.servers.fixtures import MinioServer
 
 PART_BYTES = 5 << 20  # the smallest that S3 takes
 

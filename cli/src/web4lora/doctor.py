@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-import httpx
+import httpx2
 import psutil
 import web4lora_llamacpp
 from web4.lora.v1 import trainer_pb2, trainer_pb2_grpc
 from web4lora_chassis import process
 from web4lora_chassis.errors import Web4Error
+from web4lora_chassis.keeping import disk_warning
 from web4lora_chassis.rpc import channel
 from web4lora_chassis.settings import PREFIX, Settings
+from web4lora_llamacpp import levels
 
 from web4lora.stack import Stack, service
 from web4lora.views import human
@@ -134,14 +136,16 @@ def _disk(settings: Settings) -> Check:
     text = f"{human.size(free)} free for {settings.home} (a 7B run needs about {human.size(_DISK_7B_BYTES)})"
     if free < _DISK_NEEDED_BYTES:
         return Check(BAD, "disk", f"{text}; the demo needs {human.size(_DISK_NEEDED_BYTES)}.  Free some")
+    if warning := disk_warning(folder, settings):
+        return Check(NOTE, "disk", f"{text}; {warning}")
     return Check(OK if free >= _DISK_7B_BYTES else NOTE, "disk", text)
 
 
 def _compiler(settings: Settings) -> Check:
     for name in (os.environ.get("CXX") or "c++", "clang++", "g++"):
         if version := _first_line([name, "--version"]):
-            return Check(OK, "compiler", version)
-    if web4lora_llamacpp.find(settings.cache):
+            return Check(OK, "compiler", "; ".join(filter(None, [version, levels.left_out()])))
+    if _built(settings):
         return Check(NOTE, "compiler", "none; not needed, llama.cpp is built")
     hint = (
         "`xcode-select --install`" if sys.platform == "darwin" else "`apt install g++` or your system's like"
@@ -153,21 +157,30 @@ def _cmake(settings: Settings) -> Check:
     beside = Path(sys.executable).with_name("cmake")
     if version := _first_line([str(beside) if beside.exists() else "cmake", "--version"]):
         return Check(OK, "CMake", version.removeprefix("cmake version "))
-    if web4lora_llamacpp.find(settings.cache):
+    if _built(settings):
         return Check(NOTE, "CMake", "none; not needed, llama.cpp is built")
     return Check(BAD, "CMake", "none; llama.cpp can't be built.  `make setup` installs it")
 
 
 def _llama_cpp(settings: Settings) -> Check:
+    """Test a build that is there, unless it was tested on this machine before: that takes a second or two."""
     try:
-        found = web4lora_llamacpp.find(settings.cache)
+        found = web4lora_llamacpp.find_working(settings.cache)
     except Web4Error as error:
         return Check(BAD, "llama.cpp", f"{error.message}  {error.fix}")
     if found:
-        return Check(OK, "llama.cpp", f"{found.version}, built, in {found.bin}")
+        text = f"{found.version}, tested here with {found.level}, in {found.bin}"
+        return Check(NOTE if found.avoided else OK, "llama.cpp", "  ".join([text, *found.avoided]))
     return Check(
         NOTE, "llama.cpp", "not built yet; `make setup` or the first run builds it, about 11 minutes"
     )
+
+
+def _built(settings: Settings) -> bool:
+    try:
+        return web4lora_llamacpp.find(settings.cache) is not None
+    except Web4Error:  # told by the look at llama.cpp itself
+        return False
 
 
 def _ollama(settings: Settings) -> Check:
@@ -220,9 +233,9 @@ def _first_line(command: list[str]) -> str:
     return rows[0].strip() if rows else ""
 
 
-def _get(url: str) -> httpx.Response | None:
+def _get(url: str) -> httpx2.Response | None:
     try:
-        response = httpx.get(url, timeout=_HTTP_SECONDS, trust_env=False)
-    except httpx.HTTPError:
+        response = httpx2.get(url, timeout=_HTTP_SECONDS, trust_env=False)
+    except httpx2.HTTPError:
         return None
-    return response if response.status_code == httpx.codes.OK else None
+    return response if response.status_code == httpx2.codes.OK else None

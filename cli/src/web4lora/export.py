@@ -54,7 +54,7 @@ def export_run(run: gateway_pb2.Run, store: ArtifactStore, target: Path) -> tupl
 
 
 def _made(run: gateway_pb2.Run) -> Iterator[artifacts_pb2.ArtifactRef]:
-    """Yield the artifacts that people want of a run: not the merged checkpoint, which the GGUF replaces."""
+    """Yield the artifacts that people want of a run: not the merged model, which the GGUF replaces."""
     for stage in run.stages:
         kind = stage.WhichOneof("result")
         if kind == "train_result":

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from web4lora_chassis.errors import Internal, InvalidInput, Web4Error
+from web4lora_chassis.errors import FailedPrecondition, Internal, InvalidInput, Web4Error
 from web4lora_chassis.settings import ENV_FILE
 
 from web4lora.commands import (
     artifacts,
+    audit,
     chat,
     dataset,
     demo,
@@ -24,11 +25,14 @@ from web4lora.commands import (
     deployments,
     evaluate,
     gc,
+    people,
     push,
     run,
     runs,
     stack,
+    sweeps,
     trainer,
+    trainers,
 )
 from web4lora.commands.options import examples
 from web4lora.views import console
@@ -50,12 +54,16 @@ chat.register(app)
 evaluate.register(app)
 demo.register(app)
 gc.register(app)
+audit.register(app)
 app.add_typer(runs.app, name="runs")
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(dataset.app, name="dataset")
 push.register(deployments.app)
 app.add_typer(deployments.app, name="deployments")
 app.add_typer(trainer.app, name="trainer")
+app.add_typer(people.app, name="people")
+app.add_typer(sweeps.app, name="sweeps")
+app.add_typer(trainers.app, name="trainers")
 
 
 def _show_version(wanted: bool) -> None:
@@ -91,13 +99,24 @@ def main() -> None:
         app()
     except Web4Error as error:
         _fail(error, debug=debug)
-    except Exception as defect:  # noqa: BLE001 - the last resort: named, and its trace shown on request
-        problem = Internal(
-            f"{type(defect).__name__}: {defect}",
-            fix="This is a defect. WEB4LORA_DEBUG=1 shows where it happened.",
-        )
-        problem.__cause__ = defect
+    except Exception as error:  # noqa: BLE001 - the last resort: named, and its trace shown on request
+        problem = _foreign(error)
+        problem.__cause__ = error
         _fail(problem, debug=debug)
+
+
+def _foreign(error: Exception) -> Web4Error:
+    """Say for people what an error that is none of ours means; what a file or a text caused is no defect."""
+    if isinstance(error, OSError) and error.filename:
+        return FailedPrecondition(
+            f"{os.fsdecode(error.filename)}: {error.strerror}.", fix="Correct the path, or what is there."
+        )
+    if isinstance(error, UnicodeError):
+        return InvalidInput(f"A text that was given is not UTF-8: {error}.", fix="Write it anew.")
+    return Internal(
+        f"{type(error).__name__}: {error}",
+        fix="This is a defect. WEB4LORA_DEBUG=1 shows where it happened.",
+    )
 
 
 def _fail(problem: Web4Error, *, debug: bool) -> NoReturn:

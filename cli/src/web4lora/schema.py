@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from web4lora_chassis.errors import shown
 
 _INTEGERS = {
     FieldDescriptor.CPPTYPE_INT32: 31,
@@ -23,9 +24,12 @@ _INTEGERS = {
     FieldDescriptor.CPPTYPE_UINT64: 64,
 }
 _REALS = (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT)
+_ODD_SIGN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")  # escapes in YAML can write them
+_INTEGER = re.compile(r"[+-]?[0-9][0-9_]{0,99}")
 _SIZE = re.compile(r"([0-9][0-9_.]*) *([kMGT]i?B)")
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY_UNITS = {"KiB": 2**10, "kiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_SHOWN_SIGNS = 120
 _SET_BY_CLIENT = "web4.lora.v1.ArtifactRef"
 
 
@@ -106,10 +110,11 @@ class _Walk:
         """Return the value of a field of any form, or None after noting what is wrong."""
         if _is_map(descriptor):
             value_field = _map_value(descriptor)
-            return {
+            values = {
                 key: self.scalar(child, value_field, _join(path, key))
                 for key, _, child in self._items(node, path, [])
             }
+            return {key: value for key, value in values.items() if value is not None}
         if descriptor.is_repeated:
             return self._list(node, descriptor, path)
         if descriptor.message_type is not None:
@@ -125,7 +130,7 @@ class _Walk:
         kind = descriptor.cpp_type
         value: Any = None
         if kind == FieldDescriptor.CPPTYPE_STRING:
-            return node.value
+            return self._text(node, path)
         if kind == FieldDescriptor.CPPTYPE_BOOL:
             value = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
                 text.lower()
@@ -137,12 +142,18 @@ class _Walk:
         elif kind == FieldDescriptor.CPPTYPE_ENUM:
             value = _enum(text, descriptor)
         if value is None:
-            self._problem(node, f"{path} needs {_wanted(descriptor)}, this is {node.value!r}.")
+            self._problem(node, f"{path} needs {_wanted(descriptor)}, this is {shown(node.value)}.")
         return value
+
+    def _text(self, node: yaml.ScalarNode, path: str) -> str | None:
+        if odd := _ODD_SIGN.search(node.value):
+            self._problem(node, f"{path} holds U+{ord(odd[0]):04X}, which no text may hold.")
+            return None
+        return str(node.value)
 
     def unknown(self, key: str, message: Descriptor, path: str) -> str:
         """Say that a key is not one of a message's, and which one may be meant."""
-        name = _join(path, key)
+        name = _join(path, shorten(key))
         names = list(_fields(message))
         places = [place for place in _places(self._root, key) if place != path]
         if places:
@@ -153,8 +164,8 @@ class _Walk:
 
     def _list(self, node: yaml.Node, descriptor: FieldDescriptor, path: str) -> Any:
         if not isinstance(node, yaml.SequenceNode):
-            shown = node.value if isinstance(node, yaml.ScalarNode) else "…"
-            self._problem(node, f"{path} needs a list: [{shown}].")
+            given = shorten(node.value) if isinstance(node, yaml.ScalarNode) else "…"
+            self._problem(node, f"{path} needs a list: [{given}].")
             return None
         values = []
         for index, child in enumerate(node.value):
@@ -176,10 +187,14 @@ class _Walk:
             if not isinstance(key_node, yaml.ScalarNode):
                 self._problem(key_node, f"a key must be a word, this is {_shape(key_node)}.")
                 continue
-            key = str(key_node.value)
+            key = self._text(key_node, "a key")
+            if key is None:
+                continue
             name = _join(path, key)
             if key in seen:
-                self._problem(key_node, f"{name} is given twice, first on line {seen[key]}.")
+                self._problem(
+                    key_node, f"{_join(path, shorten(key))} is given twice, first on line {seen[key]}."
+                )
                 continue
             seen[key] = _line(key_node)
             self._checked.lines[name] = _line(key_node)
@@ -227,6 +242,11 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
+def shorten(text: str) -> str:
+    """Cut a key or a value of the file where it would make a line too long to read."""
+    return text if len(text) <= _SHOWN_SIGNS else f"{text[: _SHOWN_SIGNS - 1]}…"
+
+
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
@@ -236,7 +256,7 @@ def _shape(node: yaml.Node) -> str:
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
         return "a list"
-    return "nothing" if _is_null(node) else repr(node.value)
+    return "nothing" if _is_null(node) else shown(node.value)
 
 
 def _wanted(descriptor: FieldDescriptor) -> str:
@@ -254,7 +274,7 @@ def _wanted(descriptor: FieldDescriptor) -> str:
 
 def _integer(text: str, bits: int, *, sizes: bool) -> int | None:
     value: int | None = None
-    if re.fullmatch(r"[+-]?[0-9][0-9_]*", text):
+    if _INTEGER.fullmatch(text):
         value = int(text.replace("_", ""))
     elif sizes and (match := _SIZE.fullmatch(text)):
         real = _real(match[1])

@@ -20,14 +20,25 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from web4lora_chassis import process
-from web4lora_chassis.errors import FailedPrecondition, Unavailable
+from web4lora_chassis.artifacts import open_store
+from web4lora_chassis.environment import HUB_TOKEN, STORE_KEY, environment
+from web4lora_chassis.errors import FailedPrecondition, Unauthenticated, Unavailable
 from web4lora_chassis.rpc import channel
-from web4lora_chassis.settings import PREFIX, Settings
+from web4lora_chassis.settings import ENV_FILE, PREFIX, Settings, make_native_tokens, make_private
 
 from web4lora.client import Client
 
 SERVICES = ("trainer", "packager", "deployer", "gateway")
 """In the order in which they start; they stop in the reverse order, so nothing is asked of what is gone."""
+
+_ALL_SECRETS = (f"{PREFIX}TOKEN*", *STORE_KEY, ENV_FILE)
+_SECRETS = {
+    "trainer": (f"{PREFIX}TRAINER_TOKEN*", *HUB_TOKEN),
+    "packager": (f"{PREFIX}PACKAGER_TOKEN*",),
+    "deployer": (f"{PREFIX}DEPLOYER_TOKEN*",),
+    "gateway": (f"{PREFIX}*_TOKEN*", f"{PREFIX}DATABASE*"),
+}
+"""Variables with secrets that a service needs; the others stay with the command."""
 
 _START_SECONDS = 90.0
 _STOP_SECONDS = 15.0
@@ -36,6 +47,10 @@ _POLL_SECONDS = 0.1
 _SAME_START_SECONDS = 2.0
 _LOG_LIMIT_BYTES = 16 << 20
 _LOG_TAIL_BYTES = 4096
+_OTHER_ADDRESSES = (
+    "Stop that one with `web4lora down` in its folder, or give this one other addresses: "
+    f"{PREFIX}GATEWAY_ADDRESS=127.0.0.1:PORT and so on."
+)
 
 Report = Callable[[str, str], None]
 """Called with a service's name and what became of it: "started", "already up", "stopped", "not running"."""
@@ -98,10 +113,14 @@ class Stack:
             The names of the services that this call started.
 
         Raises:
+            InvalidInput: The store's address is none.
             FailedPrecondition: A port is taken by another program, a service's package is not installed, or a
                 service ended as soon as it was started. What this call started is stopped again.
         """
         started: list[str] = []
+        open_store(self._settings)  # an address that is none is told before anything is there
+        make_private(self._settings.home)
+        make_native_tokens(self._settings)
         with self._lock():
             try:
                 waiting = []
@@ -177,7 +196,7 @@ class Stack:
         with each.log_file.open("ab") as log:
             child = process.start(
                 [sys.executable, "-m", f"web4lora_{each.name}"],
-                env=self._environment(),
+                env=self._environment(each.name),
                 stdout=log,
                 new_session=True,
             )
@@ -194,20 +213,26 @@ class Stack:
         ours = self._settings.store
         if each.name != "gateway" or self.process(each) is not None or not ours.startswith("file:"):
             return
-        with Client(self._settings) as client:
-            theirs = client.info().store
+        try:
+            with Client(self._settings) as client:
+                theirs = client.info().store
+        except Unauthenticated as error:
+            raise FailedPrecondition(
+                f"The gateway at {each.address} belongs to another stack: it does not take this one's token.",
+                fix=_OTHER_ADDRESSES,
+                reason="ANOTHER_STACK",
+            ) from error
         if theirs != ours and theirs.startswith("file:"):
             raise FailedPrecondition(
                 f"The gateway at {each.address} belongs to another stack: its artifacts lie in {theirs}, "
                 f"this one's in {ours}.",
-                fix="Stop that one with `web4lora down` in its folder, or give this one other addresses: "
-                f"{PREFIX}GATEWAY_ADDRESS=127.0.0.1:PORT and so on.",
+                fix=_OTHER_ADDRESSES,
                 reason="ANOTHER_STACK",
             )
 
-    def _environment(self) -> dict[str, str]:
-        """Return a service's variables: ours, this stack's folders, and threads for the cores we may use."""
-        env = dict(os.environ)
+    def _environment(self, name: str) -> dict[str, str]:
+        """Return a service's variables: its own secrets, this stack's folders, threads for our cores."""
+        env = environment(*_SECRETS[name], *_ALL_SECRETS, ours=True)
         env[f"{PREFIX}HOME"] = str(self._settings.home)
         env.setdefault(f"{PREFIX}OUTPUTS", str(self._outputs))
         env.setdefault("OMP_NUM_THREADS", str(usable_cores()))
@@ -226,8 +251,11 @@ class Stack:
             if self.serving(each, timeout_seconds=0.5):
                 return
             if self.process(each) is None:
+                child = self._children.get(each.name)
+                code = child.poll() if child is not None else None
+                outcome = process.ending(code) if code and code < 0 else "ended"
                 raise FailedPrecondition(
-                    f"The {each.name} ended as soon as it was started: {_last_words(each.log_file)}",
+                    f"The {each.name} {outcome} as soon as it was started: {_last_words(each.log_file)}",
                     fix=f"Its log has the details: {each.log_file}",
                     reason="SERVICE_DIED",
                 )

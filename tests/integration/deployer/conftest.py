@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from integration.deployer.deployer_stack import Stack
-from servers.fixtures import free_port
-from servers.llama_cpp import llama_cpp
-from servers.smollm2 import smollm2_gguf
 from web4lora_chassis.settings import load
 from web4lora_deployer.settings import DeployerSettings
 from web4lora_llamacpp import LlamaCpp
+
+from tests.integration.deployer.deployer_stack import Stack
+from tests.servers.fixtures import free_port
+from tests.servers.llama_cpp import llama_cpp
+from tests.servers.smollm2 import smollm2_gguf
 
 __all__ = ["llama_cpp"]
 

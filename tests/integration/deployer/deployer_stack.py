@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-import httpx
+import httpx2
 import psutil
-from web4.lora.v1 import deployer_pb2, deployer_pb2_grpc, jobs_pb2
+from web4.lora.v1 import (
+    deployer_pb2,
+    deployer_pb2_grpc,
+    deployments_pb2,
+    deployments_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+)
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, open_store
 from web4lora_chassis.rpc import channel, ref_message
 from web4lora_deployer.settings import DeployerSettings
@@ -36,6 +43,16 @@ class Stack:
     def api(self) -> deployer_pb2_grpc.DeployerServiceStub:
         assert self._channel is not None
         return deployer_pb2_grpc.DeployerServiceStub(self._channel)
+
+    @property
+    def deployments(self) -> deployments_pb2_grpc.DeploymentServiceStub:
+        assert self._channel is not None
+        return deployments_pb2_grpc.DeploymentServiceStub(self._channel)
+
+    @property
+    def jobs(self) -> jobs_pb2_grpc.JobServiceStub:
+        assert self._channel is not None
+        return jobs_pb2_grpc.JobServiceStub(self._channel)
 
     def start(self) -> None:
         settings = self.settings
@@ -73,53 +90,57 @@ class Stack:
         name: str = "demo",
         adapters: Mapping[str, ArtifactRef] | None = None,
         **how: Any,
-    ) -> deployer_pb2.DeployerJob:
+    ) -> jobs_pb2.Job:
         how = {"target": "llama-server", "context_tokens": 512, "parallel": 1, **how}
-        request = deployer_pb2.CreateDeployerJobRequest(
+        request = jobs_pb2.CreateJobRequest(
             request_id=os.urandom(8).hex(),
-            deploy=deployer_pb2.DeploySpec(
-                name=name,
-                gguf=ref_message(ref),
-                deploy=deployer_pb2.DeploySettings(**how),
-                adapters=[
-                    deployer_pb2.AdapterSpec(name=each, gguf=ref_message(gguf))
-                    for each, gguf in (adapters or {}).items()
-                ],
+            spec=jobs_pb2.JobSpec(
+                deploy=deployer_pb2.DeploySpec(
+                    name=name,
+                    gguf=ref_message(ref),
+                    deploy=deployer_pb2.DeploySettings(**how),
+                    adapters=[
+                        deployer_pb2.AdapterSpec(name=each, gguf=ref_message(gguf))
+                        for each, gguf in (adapters or {}).items()
+                    ],
+                )
             ),
         )
-        return self.finish(self.api.CreateDeployerJob(request).job.job.id)
+        return self.finish(self.jobs.CreateJob(request).job.id)
 
-    def finish(self, job_id: str) -> deployer_pb2.DeployerJob:
-        job = deployer_pb2.DeployerJob()
-        for snapshot in self.api.WatchDeployerJob(deployer_pb2.WatchDeployerJobRequest(id=job_id)):
+    def finish(self, job_id: str) -> jobs_pb2.Job:
+        job = jobs_pb2.Job()
+        for snapshot in self.jobs.WatchJob(jobs_pb2.WatchJobRequest(id=job_id)):
             job = snapshot.job
         return job
 
-    def promote(self, deployment: deployer_pb2.Deployment) -> deployer_pb2.Deployment:
-        return self.api.PromoteDeployment(deployer_pb2.PromoteDeploymentRequest(id=deployment.id)).deployment
+    def promote(self, deployment: deployments_pb2.Deployment) -> deployments_pb2.Deployment:
+        return self.deployments.PromoteDeployment(
+            deployments_pb2.PromoteDeploymentRequest(id=deployment.id)
+        ).deployment
 
-    def roll_back(self, name: str = "demo", from_id: str = "") -> deployer_pb2.Deployment:
-        request = deployer_pb2.RollbackDeploymentRequest(name=name, from_id=from_id)
-        return self.api.RollbackDeployment(request).deployment
+    def roll_back(self, name: str = "demo", from_id: str = "") -> deployments_pb2.Deployment:
+        request = deployments_pb2.RollbackDeploymentRequest(name=name, from_id=from_id)
+        return self.deployments.RollbackDeployment(request).deployment
 
     def delete(self, deployment_id: str) -> None:
-        self.api.DeleteDeployment(deployer_pb2.DeleteDeploymentRequest(id=deployment_id))
+        self.deployments.DeleteDeployment(deployments_pb2.DeleteDeploymentRequest(id=deployment_id))
 
     def set_adapters(self, name: str, **scales: float) -> dict[str, float]:
-        request = deployer_pb2.SetAdaptersRequest(id=name, scales=scales)
-        return scales_of(self.api.SetAdapters(request).deployment)
+        request = deployments_pb2.SetAdaptersRequest(id=name, scales=scales)
+        return scales_of(self.deployments.SetAdapters(request).deployment)
 
-    def get(self, name: str) -> deployer_pb2.Deployment:
-        return self.api.GetDeployment(deployer_pb2.GetDeploymentRequest(id=name)).deployment
+    def get(self, name: str) -> deployments_pb2.Deployment:
+        return self.deployments.GetDeployment(deployments_pb2.GetDeploymentRequest(id=name)).deployment
 
 
-def scales_of(deployment: deployer_pb2.Deployment) -> dict[str, float]:
+def scales_of(deployment: deployments_pb2.Deployment) -> dict[str, float]:
     return {adapter.name: adapter.scale for adapter in deployment.adapters}
 
 
-def deployed(job: deployer_pb2.DeployerJob) -> deployer_pb2.Deployment:
-    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
-    return job.deploy_result.deployment
+def deployed(job: jobs_pb2.Job) -> deployments_pb2.Deployment:
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    return job.result.deploy.deployment
 
 
 def changed(gguf: Path, folder: Path, word: str = "Another") -> Path:
@@ -132,8 +153,8 @@ def changed(gguf: Path, folder: Path, word: str = "Another") -> Path:
     return file
 
 
-def ask(deployment: deployer_pb2.Deployment) -> str:
-    answer = httpx.post(
+def ask(deployment: deployments_pb2.Deployment) -> str:
+    answer = httpx2.post(
         f"{deployment.endpoint}/chat/completions",
         json={
             "model": deployment.model,
@@ -147,7 +168,7 @@ def ask(deployment: deployer_pb2.Deployment) -> str:
     return str(answer.json()["choices"][0]["message"]["content"]).lower()
 
 
-def listener(deployment: deployer_pb2.Deployment) -> psutil.Process | None:
+def listener(deployment: deployments_pb2.Deployment) -> psutil.Process | None:
     """Return the process that listens where a deployment answers."""
     port = int(deployment.endpoint.rsplit(":", 1)[1].removesuffix("/v1"))
     for connection in psutil.net_connections("tcp"):
@@ -156,7 +177,7 @@ def listener(deployment: deployer_pb2.Deployment) -> psutil.Process | None:
     return None
 
 
-def server_of(deployment: deployer_pb2.Deployment) -> psutil.Process:
+def server_of(deployment: deployments_pb2.Deployment) -> psutil.Process:
     server = listener(deployment)
     assert server is not None
     return server
@@ -171,9 +192,9 @@ def eventually(condition: Callable[[], T | None], seconds: float = 60) -> T:
     raise AssertionError("it did not happen")
 
 
-def serving(stack: Stack, name: str) -> Callable[[], deployer_pb2.Deployment | None]:
-    def look() -> deployer_pb2.Deployment | None:
+def serving(stack: Stack, name: str) -> Callable[[], deployments_pb2.Deployment | None]:
+    def look() -> deployments_pb2.Deployment | None:
         deployment = stack.get(name)
-        return deployment if deployment.state == deployer_pb2.DEPLOYMENT_STATE_SERVING else None
+        return deployment if deployment.state == deployments_pb2.DEPLOYMENT_STATE_SERVING else None
 
     return look

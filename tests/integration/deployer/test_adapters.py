@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
-import lora_files
+import httpx2
 import psutil
 import pytest
-import tiny_llama
-from integration.deployer.deployer_stack import (
+from web4.lora.v1 import deployments_pb2, jobs_pb2
+from web4lora_chassis.artifacts import ArtifactRef
+from web4lora_chassis.errors import InvalidInput, NotFound
+from web4lora_chassis.rpc import error_of
+from web4lora_llamacpp import LlamaCpp, LlamaServer
+
+from tests import lora_files, tiny_llama
+from tests.integration.deployer.deployer_stack import (
     Stack,
     deployed,
     eventually,
@@ -25,11 +30,6 @@ from integration.deployer.deployer_stack import (
     server_of,
     serving,
 )
-from web4.lora.v1 import deployer_pb2, jobs_pb2
-from web4lora_chassis.artifacts import ArtifactRef
-from web4lora_chassis.errors import InvalidInput, NotFound
-from web4lora_chassis.rpc import error_of
-from web4lora_llamacpp import LlamaCpp, LlamaServer
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -58,7 +58,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, llama_cpp: LlamaCpp) -> A
 def ask(endpoint: str, **how: Any) -> dict[str, Any]:
     """Ask the same as anybody would, its cache left to the server, and return the whole answer."""
     body = {"messages": QUESTION, "max_tokens": TOKENS, "temperature": 0, **how}
-    answer = httpx.post(f"{endpoint}/chat/completions", json=body, timeout=240)
+    answer = httpx2.post(f"{endpoint}/chat/completions", json=body, timeout=240)
     answer.raise_for_status()
     return dict(answer.json()["choices"][0])
 
@@ -71,7 +71,7 @@ def put_adapters(stack: Stack, adapters: Adapters) -> dict[str, ArtifactRef]:
     return {"tool": stack.put(adapters.tool, "tool"), "style": stack.put(adapters.style, "style")}
 
 
-def with_adapters(stack: Stack, gguf: Path, adapters: Adapters, **how: Any) -> deployer_pb2.Deployment:
+def with_adapters(stack: Stack, gguf: Path, adapters: Adapters, **how: Any) -> deployments_pb2.Deployment:
     return deployed(stack.deploy(stack.put(gguf), adapters=put_adapters(stack, adapters), **how))
 
 
@@ -106,7 +106,7 @@ def test_adapters_are_switched_without_a_restart(
         for endpoint in alone(llama_cpp, gguf, tmp_path, *files):
             assert text_of(endpoint) == wanted
     again = stack.deploy(stack.put(gguf), adapters=put_adapters(stack, adapters))
-    assert again.deploy_result.unchanged
+    assert again.result.deploy.unchanged
     assert server_of(deployment) == server
 
 
@@ -119,7 +119,7 @@ def test_an_answer_at_work_ends_as_it_began(stack: Stack, gguf: Path, adapters: 
     def stream() -> None:
         body = {"messages": QUESTION, "max_tokens": 120, "temperature": 0, "ignore_eos": True, "stream": True}
         url = f"{deployment.endpoint}/chat/completions"
-        with httpx.stream("POST", url, json=body, timeout=240) as answer:
+        with httpx2.stream("POST", url, json=body, timeout=240) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
                     delta = json.loads(line.removeprefix("data: "))["choices"][0]["delta"]
@@ -149,7 +149,9 @@ def test_scales_outlive_every_process(stack: Stack, gguf: Path, adapters: Adapte
         server.kill()
         psutil.wait_procs([server], timeout=20)
         # Between two servers it takes new wishes too.
-        eventually(lambda: True if stack.get("demo").state != deployer_pb2.DEPLOYMENT_STATE_SERVING else None)
+        eventually(
+            lambda: True if stack.get("demo").state != deployments_pb2.DEPLOYMENT_STATE_SERVING else None
+        )
         stack.set_adapters("demo", tool=0.0)
     else:
         stack.stop(signal.SIGKILL)
@@ -195,11 +197,11 @@ def test_what_is_no_adapter_of_it_is_refused_in_words(
         (gguf, "NOT_AN_ADAPTER", "The adapter x is no LoRA adapter: its GGUF holds a model."),
     ):
         job = stack.deploy(stack.put(gguf), adapters={"x": stack.put(file, "x")})
-        assert job.job.state == jobs_pb2.JOB_STATE_FAILED
-        assert job.job.error.reason == reason
-        assert job.job.error.message.startswith(why)
+        assert job.state == jobs_pb2.JOB_STATE_FAILED
+        assert job.error.reason == reason
+        assert job.error.message.startswith(why)
     job = stack.deploy(stack.put(adapters.tool))
-    assert job.job.error.reason == "NOT_A_WHOLE_MODEL"
+    assert job.error.reason == "NOT_A_WHOLE_MODEL"
     assert not list((stack.settings.deployer_home / "models").rglob("*.gguf"))
     with pytest.raises(grpc.RpcError) as caught:
         stack.deploy(stack.put(gguf), target="ollama", adapters=put_adapters(stack, adapters))
@@ -231,8 +233,8 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused_by_its_lineage(
     base = stack.store.put("gguf", "base", {"base.gguf": gguf}, inputs=[one], link=False)
     adapter = stack.store.put("gguf", "tool", {"adapter.gguf": adapters.tool}, inputs=[other], link=False)
     job = stack.deploy(base, adapters={"tool": adapter})
-    assert job.job.error.reason == "BASE_MISMATCH"
-    assert job.job.error.message == f"The adapter tool was trained on {other}, this base is made from {one}."
+    assert job.error.reason == "BASE_MISMATCH"
+    assert job.error.message == f"The adapter tool was trained on {other}, this base is made from {one}."
 
 
 def test_at_scale_1_it_is_the_merged_model(

@@ -9,20 +9,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
-from integration.deployer.deployer_stack import Stack, ask, deployed
-from servers.fixtures import MakeProxy, program
-from servers.runtimes import model_runner
-from unit.deployer.records import record
-from web4.lora.v1 import deployer_pb2
+from web4.lora.v1 import deployments_pb2
 from web4lora_chassis.artifacts import hash_file
 from web4lora_chassis.errors import DataLoss, FailedPrecondition, Unavailable
-from web4lora_deployer.deployments import Deployment
+from web4lora_deployer.records.deployments import Deployment
 from web4lora_deployer.runtimes import docker_model_runner
 from web4lora_deployer.runtimes.base import State
 from web4lora_deployer.runtimes.docker_model_runner import DockerModelRunnerRuntime
 from web4lora_deployer.settings import DeployerSettings
+from web4lora_llamacpp import LlamaCpp
+
+from tests import trained_base
+from tests.integration.deployer.deployer_stack import Stack, ask, deployed
+from tests.servers.fixtures import MakeProxy, program
+from tests.servers.runtimes import model_runner
+from tests.unit.deployer.sample_records import record
 
 __all__ = ["model_runner"]
 pytestmark = pytest.mark.timeout(300)
@@ -51,8 +54,8 @@ def wanted(gguf: Path) -> Deployment:
 def _emptied(model_runner: str) -> Iterator[None]:
     """Leave nothing to the next test."""
     yield
-    for model in httpx.get(f"{model_runner}/models").json():
-        httpx.delete(f"{model_runner}/models/{model['id']}", params={"force": "true"})
+    for model in httpx2.get(f"{model_runner}/models").json():
+        httpx2.delete(f"{model_runner}/models/{model['id']}", params={"force": "true"})
 
 
 def test_deploy_promote_answer_and_delete(stack: Stack, gguf: Path, model_runner: str) -> None:
@@ -61,21 +64,59 @@ def test_deploy_promote_answer_and_delete(stack: Stack, gguf: Path, model_runner
     assert deployment.endpoint == f"{model_runner}/engines/v1"
     assert "gravity" in ask(deployment)
     # Asked for a bare name that has no tag, it would show whatever model has that name under any tag.
-    assert httpx.get(f"{model_runner}/models/demo:latest").status_code == 404
+    assert httpx2.get(f"{model_runner}/models/demo:latest").status_code == 404
     stack.promote(deployment)
-    candidate = httpx.get(f"{model_runner}/models/{deployment.id}").json()
-    assert candidate == httpx.get(f"{model_runner}/models/demo").json()
+    candidate = httpx2.get(f"{model_runner}/models/{deployment.id}").json()
+    assert candidate == httpx2.get(f"{model_runner}/models/demo").json()
     assert candidate["config"]["context_size"] == 512
-    assert stack.get("demo").state == deployer_pb2.DEPLOYMENT_STATE_SERVING
-    stack.api.DeleteDeployment(deployer_pb2.DeleteDeploymentRequest(id=deployment.id))
-    assert httpx.get(f"{model_runner}/models").json() == []
+    assert stack.get("demo").state == deployments_pb2.DEPLOYMENT_STATE_SERVING
+    stack.deployments.DeleteDeployment(deployments_pb2.DeleteDeploymentRequest(id=deployment.id))
+    assert httpx2.get(f"{model_runner}/models").json() == []
+
+
+def test_other_parameters_leave_what_serves_as_it_is(stack: Stack, gguf: Path, model_runner: str) -> None:
+    first = stack.promote(deployed(stack.deploy(stack.put(gguf), target="docker")))
+    shown = httpx2.get(f"{model_runner}/models/demo:latest").json()
+    second = deployed(stack.deploy(stack.put(gguf), target="docker", context_tokens=256))
+    assert second.id != first.id
+    assert httpx2.get(f"{model_runner}/models/{first.id}").json() == shown
+    assert httpx2.get(f"{model_runner}/models/{second.id}-new").status_code == 404
+    stack.promote(second)
+    assert httpx2.get(f"{model_runner}/models/demo:latest").json()["config"]["context_size"] == 256
+
+
+def test_a_tag_that_is_somebody_else_s_is_refused_and_left_alone(
+    stack: Stack, gguf: Path, wanted: Deployment, model_runner: str
+) -> None:
+    made = deployed(stack.deploy(stack.put(gguf), name="theirs", target="docker"))
+    theirs = httpx2.get(f"{model_runner}/models/{made.id}").json()["id"]
+
+    def take(tag: str) -> None:
+        place = {"repo": "demo", "tag": tag}
+        httpx2.post(f"{model_runner}/models/{theirs}/tag", params=place).raise_for_status()
+
+    take("latest")
+    job = stack.deploy(stack.put(gguf), target="docker")
+    assert job.error.reason == "NAME_TAKEN"
+    assert "`docker model rm demo:latest`" in job.error.fix
+    elsewhere = stack.promote(deployed(stack.deploy(stack.put(gguf), target="llama-server")))
+    stack.delete(elsewhere.id)
+    assert httpx2.get(f"{model_runner}/models/demo:latest").json()["id"] == theirs
+    httpx2.delete(f"{model_runner}/models/demo:latest").raise_for_status()
+    ours = stack.promote(deployed(stack.deploy(stack.put(gguf), target="docker")))
+    take("latest")
+    stack.stop()
+    stack.start()
+    stack.delete(ours.id)
+    assert httpx2.get(f"{model_runner}/models/demo:latest").json()["id"] == theirs
+    assert httpx2.get(f"{model_runner}/models/{ours.id}").status_code == 404
 
 
 def test_what_it_shows_is_what_was_asked(
     runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path, model_runner: str
 ) -> None:
     runtime.deploy(wanted, gguf, lambda _: None)
-    config = httpx.get(f"{model_runner}/models/{wanted.id}").json()["config"]
+    config = httpx2.get(f"{model_runner}/models/{wanted.id}").json()["config"]
     assert config["context_size"] == 512
     assert config["architecture"] == "llama"
     about = config["gguf"]
@@ -114,6 +155,39 @@ def test_prompts_of_another_length_than_training_s_are_refused(
     with pytest.raises(FailedPrecondition, match="may be doubled or missing") as caught:
         runtime.deploy(wanted, gguf, lambda _: None)
     assert caught.value.reason == "TEMPLATE_DIFFERS"
+    assert runtime.health(wanted).broken  # it never got its id
+
+
+def test_what_training_used_is_what_docker_model_runner_serves(
+    runtime: DockerModelRunnerRuntime, settings: DeployerSettings, llama_cpp: LlamaCpp, tmp_path: Path
+) -> None:
+    """Ids and ends are compared, and the count besides; a record of other training is found."""
+    base = trained_base.write_base(tmp_path / "base")
+    file = trained_base.gguf_of(llama_cpp, base)
+    sha256 = hash_file(file)
+    deployment = record(
+        "a", id=f"demo:v{sha256[:8]}", model=f"demo:v{sha256[:8]}", sha256=sha256, target="docker",
+        size_bytes=file.stat().st_size, file=f"x/{file.name}", context_tokens=512, parallel=1,
+        records=("x/trained_conversations.json",),
+    )  # fmt: skip
+    path = settings.deployer_home / "models" / deployment.records[0]
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(trained_base.record_of(base)))
+    runtime.deploy(deployment, file, lambda _: None)
+    other = trained_base.record_of(base)
+    for conversation in other["conversations"]:  # as many tokens, another one
+        conversation["input_ids"][1] += 1
+    path.write_text(json.dumps(other))
+    with pytest.raises(FailedPrecondition, match="would not be served the prompts") as caught:
+        runtime.deploy(deployment, file, lambda _: None)
+    assert caught.value.reason == "TEMPLATE_DIFFERS"
+    for conversation in other["conversations"]:
+        conversation["input_ids"][1] -= 1
+        for turn in conversation["turns"]:
+            turn["stop_token"] = conversation["input_ids"][turn["prompt_tokens"]]  # the answer's first word
+    path.write_text(json.dumps(other))
+    with pytest.raises(FailedPrecondition, match="would not end its answers"):
+        runtime.deploy(deployment, file, lambda _: None)
 
 
 def test_nothing_is_uploaded_twice(runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path) -> None:
@@ -130,8 +204,8 @@ def test_the_context_is_bounded(
     runtime: DockerModelRunnerRuntime, wanted: Deployment, gguf: Path, model_runner: str
 ) -> None:
     runtime.deploy(wanted, gguf, lambda _: None)
-    entry = httpx.get(f"{model_runner}/engines/_configure").json()[-1]
-    assert entry["ModelID"] == httpx.get(f"{model_runner}/models/{wanted.id}").json()["id"]
+    entry = httpx2.get(f"{model_runner}/engines/_configure").json()[-1]
+    assert entry["ModelID"] == httpx2.get(f"{model_runner}/models/{wanted.id}").json()["id"]
     assert entry["Config"]["context-size"] == 1024  # two requests of 512
     runtime.restore(wanted)  # again is no error
     runtime.delete(wanted)
@@ -148,7 +222,7 @@ def test_wrong_bytes_are_named_and_nothing_is_kept(
     broken.write_bytes(data)
     with pytest.raises(DataLoss):
         runtime.deploy(wanted, broken, lambda _: None)
-    assert httpx.get(f"{model_runner}/models").json() == []
+    assert httpx2.get(f"{model_runner}/models").json() == []
 
 
 def test_a_connection_cut_while_uploading_is_said_and_again_finishes(

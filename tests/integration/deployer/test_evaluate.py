@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.deployer.deployer_stack import Stack, deployed
-from servers.fixtures import free_port
-from servers.runtimes import model_runner, ollama
 from web4.lora.v1 import deployer_pb2, jobs_pb2
 from web4lora_chassis.artifacts import ArtifactRef
 from web4lora_chassis.process import start
 from web4lora_chassis.rpc import ref_message, ref_of
 from web4lora_deployer.settings import DeployerSettings
 from web4lora_llamacpp import LlamaCpp
+
+from tests.integration.deployer.deployer_stack import Stack, deployed
+from tests.servers.fixtures import free_port
+from tests.servers.runtimes import model_runner, ollama
 
 __all__ = ["model_runner", "ollama"]
 pytestmark = pytest.mark.timeout(600)
@@ -42,16 +43,16 @@ def put_suite(stack: Stack, folder: Path, more: str = "", rows: int = 2) -> Arti
 
 def evaluate(
     stack: Stack, spec: deployer_pb2.EvaluateSpec, secrets: dict[str, str] | None = None
-) -> deployer_pb2.DeployerJob:
-    request = deployer_pb2.CreateDeployerJobRequest(
-        request_id=f"evaluate-{spec.name}", evaluate=spec, secrets=secrets
+) -> jobs_pb2.Job:
+    request = jobs_pb2.CreateJobRequest(
+        request_id=f"evaluate-{spec.name}", spec=jobs_pb2.JobSpec(evaluate=spec), secrets=secrets
     )
-    return stack.finish(stack.api.CreateDeployerJob(request).job.job.id)
+    return stack.finish(stack.jobs.CreateJob(request).job.id)
 
 
-def report_of(stack: Stack, job: deployer_pb2.DeployerJob, folder: Path) -> tuple[str, Any]:
-    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
-    stack.store.get(ref_of(job.evaluate_result.report), folder)
+def report_of(stack: Stack, job: jobs_pb2.Job, folder: Path) -> tuple[str, Any]:
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    stack.store.get(ref_of(job.result.evaluate.report), folder)
     return (folder / "eval_log.md").read_text(), json.loads((folder / "eval.json").read_text())
 
 
@@ -79,8 +80,8 @@ class TestThreeRuntimes:
         )
         job = evaluate(stack, spec)
         log, data = report_of(stack, job, tmp_path / "report")
-        assert job.evaluate_result.prompts == 6
-        assert job.evaluate_result.passed, "no limit was given"
+        assert job.result.evaluate.prompts == 6
+        assert job.result.evaluate.passed, "no limit was given"
         assert {each["model"]["target"] for each in data["comparisons"]} == {"ollama", "llama-server"}
         for comparison in data["comparisons"]:
             assert comparison["same_file"] is True
@@ -124,8 +125,8 @@ def test_a_changed_suite_and_a_limit(stack: Stack, gguf: Path, tmp_path: Path) -
     again = deployer_pb2.EvaluateSpec()
     again.CopyFrom(spec)
     again.suite.CopyFrom(ref_message(put_suite(stack, tmp_path / "second", "repeats: 3\n", rows=2)))
-    request = deployer_pb2.CreateDeployerJobRequest(request_id="again", evaluate=again)
-    job = stack.finish(stack.api.CreateDeployerJob(request).job.job.id)
+    request = jobs_pb2.CreateJobRequest(request_id="again", spec=jobs_pb2.JobSpec(evaluate=again))
+    job = stack.finish(stack.jobs.CreateJob(request).job.id)
     log, _ = report_of(stack, job, tmp_path / "two")
     assert "## What changed since last time" in log
     assert "**The suite itself has changed since" in log
@@ -150,10 +151,10 @@ def test_an_endpoint_with_a_key(
         assert len(data["answers"]) == 3
         wrong = deployer_pb2.EvaluateSpec(name="refused", model=model, suite=suite)
         job = evaluate(stack, wrong, {"key": "wrong"})
-        assert job.job.state == jobs_pb2.JOB_STATE_FAILED
-        assert "401" in job.job.error.message
+        assert job.state == jobs_pb2.JOB_STATE_FAILED
+        assert "401" in job.error.message
         lost = deployer_pb2.EvaluateSpec(name="lost", model=model, suite=suite)
-        assert evaluate(stack, lost).job.error.reason == "SECRET_LOST"
+        assert evaluate(stack, lost).error.reason == "SECRET_LOST"
     finally:
         server.kill()
         server.wait()

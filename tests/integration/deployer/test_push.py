@@ -13,26 +13,34 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, urlsplit
 
-import httpx
+import httpx2
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from integration.deployer.deployer_stack import Stack, deployed
-from servers.fixtures import MakeProxy, Proxy
-from servers.registries import PASSWORD, USER, RegistryServer, private_registry, registry, registry_server
-from servers.runtimes import model_runner
-from servers.stores import noise
-from unit.deployer.records import record
 from web4.lora.v1 import deployer_pb2, jobs_pb2
 from web4lora_chassis.artifacts import hash_file
 from web4lora_chassis.errors import DataLoss, Unauthenticated, Unavailable
 from web4lora_chassis.jobs import Progress
-from web4lora_deployer.deployments import Deployments
-from web4lora_deployer.oci import GGUF_TYPE, Blob
-from web4lora_deployer.push import PushRequest, push
+from web4lora_deployer.records.deployments import Deployments
 from web4lora_deployer.registry import Credentials, Registry, parse_reference
+from web4lora_deployer.registry.oci import GGUF_TYPE, Blob
+from web4lora_deployer.registry.push import PushRequest, push
 from web4lora_deployer.settings import DeployerSettings
+
+from tests.integration.deployer.deployer_stack import Stack, deployed
+from tests.servers.fixtures import MakeProxy, Proxy
+from tests.servers.registries import (
+    PASSWORD,
+    USER,
+    RegistryServer,
+    private_registry,
+    registry,
+    registry_server,
+)
+from tests.servers.runtimes import model_runner
+from tests.servers.stores import noise
+from tests.unit.deployer.sample_records import record
 
 __all__ = ["model_runner", "private_registry", "registry"]
 pytestmark = pytest.mark.timeout(300)
@@ -61,7 +69,7 @@ def proxy(registry: RegistryServer, toxiproxy: MakeProxy) -> Proxy:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up early on a registry that stays away."""
-    monkeypatch.setattr("web4lora_deployer.registry.client._PAUSES_SECONDS", (0.05, 0.05))
+    monkeypatch.setattr("web4lora_deployer.registry.patience._PAUSES_SECONDS", (0.05, 0.05))
 
 
 def open_registry(host: str, folder: Path, credentials: Credentials | None = None) -> Registry:
@@ -145,29 +153,29 @@ def test_a_registry_that_takes_no_chunks_gets_the_blob_in_one_piece(
 ) -> None:
     """As a gateway in front of the real registry does that refuses PATCH."""
 
-    class Whole(BaseHTTPRequestHandler):
-        def _pass_on(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if self.command == "PATCH":
-                self.send_error(httpx.codes.METHOD_NOT_ALLOWED)
-                return
-            headers = {"Host": self.headers["Host"], "Content-Type": "application/octet-stream"}
-            answer = httpx.request(
-                self.command, f"http://{registry.host}{self.path}", content=body, headers=headers
-            )
-            self.send_response(answer.status_code)
-            for name, value in answer.headers.items():
-                self.send_header(name, value)
-            self.end_headers()
+    def no_patch(method: str, _: httpx2.Headers) -> httpx2.Response | None:
+        return httpx2.Response(httpx2.codes.METHOD_NOT_ALLOWED) if method == "PATCH" else None
 
-        do_HEAD = do_POST = do_PATCH = do_PUT = _pass_on
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with serving(Whole) as host, open_registry(host, tmp_path) as client:
+    with serving(gateway(registry.host, no_patch)) as host, open_registry(host, tmp_path) as client:
         client.put_blob(blob, ignore)
         assert client.has_blob(blob)
+
+
+def test_a_registry_that_says_when_to_come_back_is_asked_again_then(
+    blob: Blob, registry: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("web4lora_deployer.registry.patience.time.sleep", slept.append)
+    left = dict.fromkeys(("HEAD", "POST", "PATCH", "PUT"), 7)
+
+    def busy(method: str, _: httpx2.Headers) -> httpx2.Response | None:
+        left[method] = left.get(method, 0) - 1
+        return httpx2.Response(429, headers={"Retry-After": "30"}) if left[method] >= 0 else None
+
+    with serving(gateway(registry.host, busy)) as host, open_registry(host, tmp_path) as client:
+        client.put_blob(blob, ignore)
+        assert client.has_blob(blob)
+    assert slept == [30.0] * 28
 
 
 def test_a_private_registry_wants_the_right_login(
@@ -211,7 +219,37 @@ def test_a_login_server_s_token_opens_the_registry_and_is_fetched_anew_when_it_e
                 assert client.has_blob(blob)
             with open_registry(server.host, tmp_path) as client, pytest.raises(Unauthenticated):
                 client.has_blob(blob)
-    assert {"repository:web4/demo:pull,push", "repository:web4/demo:pull"} >= set(tokens.scopes)
+    assert set(tokens.scopes) == {"repository:web4/demo:pull,push"}
+
+
+@pytest.mark.parametrize("refuses", ["writing with a token to read", "all without a challenge"])
+def test_a_registry_that_answers_403_in_place_of_a_challenge_still_takes_the_blob(
+    blob: Blob, tmp_path: Path, refuses: str
+) -> None:
+    tokens = TokenServer()
+
+    def forbids(method: str, headers: httpx2.Headers, answer: httpx2.Response) -> bool:
+        if answer.status_code != httpx2.codes.UNAUTHORIZED or method == "GET":  # at its door it says how
+            return False
+        return refuses.startswith("all") or "Authorization" in headers
+
+    with serving(tokens.handler) as realm:
+        folder = tmp_path / "registry"
+        folder.mkdir()
+        (folder / "jwks.json").write_text(json.dumps({"keys": [tokens.key]}))
+        token = {
+            "realm": f"http://{realm}/token", "service": "demo", "issuer": "test",
+            "jwks": str(folder / "jwks.json"), "signingalgorithms": ["ES256"],
+        }  # fmt: skip
+        with (
+            registry_server(folder, {"token": token}) as server,
+            serving(gateway(server.host, forbids=forbids)) as host,
+        ):
+            with open_registry(host, tmp_path, LOGIN) as client:
+                client.put_blob(blob, ignore)
+                assert client.has_blob(blob)
+            with open_registry(host, tmp_path) as client, pytest.raises(Unauthenticated):
+                client.has_blob(blob)
 
 
 def test_model_runner_pulls_what_was_pushed_with_the_same_digest(
@@ -226,12 +264,12 @@ def test_model_runner_pulls_what_was_pushed_with_the_same_digest(
     second = push(request, settings, ignore)
     assert (second.digest, second.sent_bytes) == (first.digest, 0)
 
-    answer = httpx.post(f"{model_runner}/models/create", json={"from": first.reference}, timeout=120)
+    answer = httpx2.post(f"{model_runner}/models/create", json={"from": first.reference}, timeout=120)
     assert "success" in answer.text
-    pulled = httpx.get(f"{model_runner}/models/{first.reference}").json()
+    pulled = httpx2.get(f"{model_runner}/models/{first.reference}").json()
     assert pulled["id"] == first.digest
     assert pulled["config"]["context_size"] == 512
-    httpx.delete(f"{model_runner}/models/{pulled['id']}", params={"force": "true"}).raise_for_status()
+    httpx2.delete(f"{model_runner}/models/{pulled['id']}", params={"force": "true"}).raise_for_status()
 
 
 def test_without_a_tag_the_deployment_s_own_is_taken(
@@ -250,12 +288,12 @@ def test_a_push_job_uses_the_login_that_is_handed_over_and_writes_it_nowhere(
         deployment="demo", reference=f"{private_registry.host}/web4/demo:v1", secret="registry"
     )
     secret = json.dumps({"username": USER, "password": PASSWORD})
-    request = deployer_pb2.CreateDeployerJobRequest(
-        request_id="push", push=spec, secrets={"registry": secret}
+    request = jobs_pb2.CreateJobRequest(
+        request_id="push", spec=jobs_pb2.JobSpec(push=spec), secrets={"registry": secret}
     )
-    job = stack.finish(stack.api.CreateDeployerJob(request).job.job.id)
-    assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.job.error
-    assert private_registry.digest("web4/demo", "v1") == job.push_result.digest
+    job = stack.finish(stack.jobs.CreateJob(request).job.id)
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
+    assert private_registry.digest("web4/demo", "v1") == job.result.push.digest
     home = stack.settings.deployer_home
     for file in (path for path in home.rglob("*") if path.is_file() and path.suffix != ".gguf"):
         assert PASSWORD.encode() not in file.read_bytes(), file
@@ -274,6 +312,50 @@ def save_record(settings: DeployerSettings, gguf: Path) -> str:
     place.parent.mkdir(parents=True)
     place.symlink_to(gguf)
     return sha256
+
+
+def gateway(
+    host: str,
+    instead: Callable[[str, httpx2.Headers], httpx2.Response | None] = lambda *_: None,
+    forbids: Callable[[str, httpx2.Headers, httpx2.Response], bool] = lambda *_: False,
+) -> type[BaseHTTPRequestHandler]:
+    """Return what stands in front of a real registry.
+
+    Args:
+        host: The registry.
+        instead: Returns what to answer to a method in the registry's place; None passes it on.
+        forbids: Says whether the registry's answer becomes a 403 without a word.
+    """
+
+    class Gateway(BaseHTTPRequestHandler):
+        def _pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            asked = httpx2.Headers(self.headers.items())
+            answer = instead(self.command, asked)
+            if answer is None:
+                headers = {
+                    name: asked[name]
+                    for name in ("Host", "Authorization", "Content-Range", "Content-Type")
+                    if name in asked
+                }
+                answer = httpx2.request(
+                    self.command, f"http://{host}{self.path}", content=body, headers=headers
+                )
+                if forbids(self.command, asked, answer):
+                    answer = httpx2.Response(httpx2.codes.FORBIDDEN)
+            self.send_response(answer.status_code)
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(answer.content)
+
+        do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = _pass_on
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Gateway
 
 
 class serving:
@@ -342,7 +424,7 @@ class TokenServer:
                 wanted = parse_qs(query)
                 assert wanted["service"] == ["demo"]
                 tokens.scopes += wanted["scope"]
-                self.send_response(httpx.codes.OK if known else httpx.codes.UNAUTHORIZED)
+                self.send_response(httpx2.codes.OK if known else httpx2.codes.UNAUTHORIZED)
                 self.end_headers()
                 if known:
                     self.wfile.write(json.dumps({"token": tokens.token(wanted["scope"][0])}).encode())

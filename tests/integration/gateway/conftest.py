@@ -15,13 +15,14 @@ from pathlib import Path
 
 import grpc
 import pytest
-from web4.lora.v1 import artifacts_pb2_grpc, gateway_pb2, gateway_pb2_grpc
+from web4.lora.v1 import artifacts_pb2_grpc, deployments_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from web4lora_chassis.artifacts import ArtifactStore, open_store
 from web4lora_chassis.rpc import channel, ref_message
 from web4lora_chassis.settings import Settings
 
 HERE = Path(__file__).parent
 WORKERS = ("trainer", "packager", "deployer")
+WAIT_SECONDS = 180  # on a machine with others at work; what is awaited takes a second on an idle one
 TERMINAL = (gateway_pb2.RUN_STATE_SUCCEEDED, gateway_pb2.RUN_STATE_FAILED, gateway_pb2.RUN_STATE_CANCELLED)
 
 
@@ -48,8 +49,10 @@ class Stack:
         }
         self.settings = Settings(home=root / "home")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.envs: dict[str, dict[str, str]] = {}
         self.channel = channel(self.addresses["gateway"], self.settings)
         self.api = gateway_pb2_grpc.GatewayServiceStub(self.channel)
+        self.deployments = deployments_pb2_grpc.DeploymentServiceStub(self.channel)
         self.artifacts = artifacts_pb2_grpc.ArtifactServiceStub(self.channel)
 
     @property
@@ -64,15 +67,29 @@ class Stack:
         for name in names or (*WORKERS, "gateway"):
             command = (
                 [sys.executable, "-m", "web4lora_gateway"]
-                if name == "gateway"
+                if name.startswith("gateway")
                 else [sys.executable, str(HERE / "stand_in" / "stand_in_service.py"), name, str(self.control)]
             )
             with (self.root / f"{name}.log").open("ab") as log:
                 self.processes[name] = subprocess.Popen(
-                    command, env=self.env, stdout=log, stderr=log, cwd=self.root
+                    command,
+                    env={**self.env, **self.envs.get(name, {})},
+                    stdout=log,
+                    stderr=log,
+                    cwd=self.root,
                 )
         for name in names or (*WORKERS, "gateway"):
             self.wait(lambda name=name: self._listens(name), f"{name} to listen")
+
+    def add_gateway(self, name: str) -> gateway_pb2_grpc.GatewayServiceStub:
+        """Let `start` know another gateway with a state folder of its own; return what calls it."""
+        self.addresses[name] = f"127.0.0.1:{free_port()}"
+        self.envs[name] = {
+            "WEB4LORA_HOME": str(self.root / name),
+            "WEB4LORA_STORE": self.store.url,
+            "WEB4LORA_GATEWAY_ADDRESS": self.addresses[name],
+        }
+        return gateway_pb2_grpc.GatewayServiceStub(channel(self.addresses[name], self.settings))
 
     def kill(self, name: str, how: int = signal.SIGKILL) -> int:
         process = self.processes.pop(name)
@@ -82,6 +99,7 @@ class Stack:
     def stop(self) -> None:
         self.channel.close()
         for name in list(self.processes):
+            self.processes[name].send_signal(signal.SIGCONT)
             self.kill(name, signal.SIGKILL)
 
     def hold(self, kind: str) -> None:
@@ -136,7 +154,7 @@ class Stack:
         return sorted((json.loads(path.read_text()) for path in paths), key=lambda job: job["created_at"])
 
     def wait(self, condition, what: str, tell=lambda: "") -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + WAIT_SECONDS
         while not condition():
             assert time.monotonic() < deadline, f"waited too long for {what} {tell()}\n{self._logs()}"
             time.sleep(0.05)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import signal
+import sqlite3
+from pathlib import Path
 
 import pytest
 from web4.lora.v1 import gateway_pb2
@@ -143,3 +147,24 @@ def test_a_second_gateway_on_the_same_state_refuses_to_start(stack):
     with pytest.raises(AssertionError, match="Another gateway works with"):
         stack.start("gateway")
     stack.processes["gateway"] = first
+
+
+def test_runs_of_the_version_before_are_shown_and_go_on(stack, stage, states):
+    before = Path(__file__).parents[2] / "earlier_state"
+    (stack.root / "home" / "gateway").mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(stack.root / "home" / "gateway" / "gateway.sqlite")) as database:
+        database.executescript((before / "gateway.sql").read_text())
+    for path in before.glob("train-*.json"):
+        folder = stack.root / "home" / "trainer" / "jobs" / path.stem
+        folder.mkdir(parents=True)
+        shutil.copy(path, folder / "job.json")
+    stack.pipeline()  # brings data and suite into the store
+    stack.start()
+    left, finished = stack.api.ListRuns(gateway_pb2.ListRunsRequest()).runs
+    assert states(finished) == ["SUCCEEDED"] * 6
+    assert stage(finished, "train").train_result.final_loss == 0.5
+    last = stack.finish(left.id)
+    assert last.state == gateway_pb2.RUN_STATE_SUCCEEDED, last.error
+    assert states(last) == ["SUCCEEDED"] * 6
+    assert stage(last, "train").job_id == "train-20261126-180951-ce7e755d"
+    assert [job["attempt"] for job in stack.jobs("trainer")] == [1, 2]

@@ -7,13 +7,13 @@ import json
 import grpc
 import pytest
 import sqlalchemy as sa
-from web4.lora.v1 import gateway_pb2
+from web4.lora.v1 import deployments_pb2, gateway_pb2
 from web4lora_chassis.errors import NotFound
 from web4lora_chassis.rpc import error_of
 
 
 def promoted(stack) -> list[str]:
-    answer = stack.api.ListDeployments(gateway_pb2.GatewayServiceListDeploymentsRequest())
+    answer = stack.deployments.ListDeployments(deployments_pb2.ListDeploymentsRequest())
     return [deployment.id for deployment in answer.deployments if deployment.promoted]
 
 
@@ -56,8 +56,8 @@ def test_what_misses_a_limit_is_not_promoted_and_is_told_how_to_be(stack, stage)
         f"{new} is not promoted: 1 of 2 limits were missed. {old} goes on serving under demo. Try the new "
         f"one as {new}; `web4lora deployments promote {new}` promotes it all the same.",
     )
-    request = gateway_pb2.GatewayServicePromoteDeploymentRequest(id=new)
-    assert stack.api.PromoteDeployment(request).deployment.promoted
+    request = deployments_pb2.PromoteDeploymentRequest(id=new)
+    assert stack.deployments.PromoteDeployment(request).deployment.promoted
     assert promoted(stack) == [new]
 
     # Tested again, it serves already: the one before takes the name back.
@@ -92,6 +92,23 @@ def test_the_policy_decides_without_the_tests(stack, stage, policy, word):
     assert bool(promoted(stack)) is (policy == "always")
     if policy == "never":
         assert "Nothing serves under demo yet." in told[1]
+
+
+@pytest.mark.parametrize(("policy", "word"), [("passed", "PROMOTED"), ("proven", "KEPT")])
+def test_an_undecided_candidate_is_promoted_unless_proof_is_asked_for(stack, stage, policy, word):
+    stack.start()
+    (stack.control / "undecided").touch()
+    run = stack.finish(stack.create(with_policy(stack, policy)).id)
+    told = outcome(run, stage)
+    assert told[0] == word
+    assert "no limit was missed, 1 of 2 are undecided" in told[1]
+    assert bool(promoted(stack)) is (word == "PROMOTED")
+
+
+def test_proof_is_asked_for_and_given(stack, stage):
+    stack.start()
+    run = stack.finish(stack.create(with_policy(stack, "proven")).id)
+    assert outcome(run, stage)[0] == "PROMOTED"
 
 
 def test_the_policy_changes_nothing_that_was_deployed_or_tested(stack, states):
@@ -136,10 +153,10 @@ def test_a_candidate_that_is_gone_fails_the_stage_and_can_be_deployed_again(stac
     stack.start()
     run = stack.finish(stack.create(with_policy(stack, "never")).id)
     candidate = stage(run, "deploy").deploy_result.deployment.id
-    request = gateway_pb2.GatewayServiceDeleteDeploymentRequest(id=candidate)
-    stack.api.DeleteDeployment(request)
+    request = deployments_pb2.DeleteDeploymentRequest(id=candidate)
+    stack.deployments.DeleteDeployment(request)
     with pytest.raises(grpc.RpcError) as raised:
-        stack.api.PromoteDeployment(gateway_pb2.GatewayServicePromoteDeploymentRequest(id=candidate))
+        stack.deployments.PromoteDeployment(deployments_pb2.PromoteDeploymentRequest(id=candidate))
     assert isinstance(error_of(raised.value), NotFound)
 
 

@@ -7,8 +7,8 @@ import re
 
 import grpc
 import pytest
-from web4.lora.v1 import artifacts_pb2, gateway_pb2
-from web4lora_chassis.errors import AlreadyExists, FailedPrecondition, InvalidInput, NotFound
+from web4.lora.v1 import artifacts_pb2, deployments_pb2, gateway_pb2
+from web4lora_chassis.errors import AlreadyExists, FailedPrecondition, InvalidInput, NotFound, Unavailable
 from web4lora_chassis.rpc import error_of
 
 SUCCEEDED = ["SUCCEEDED"] * 6
@@ -51,6 +51,22 @@ def test_a_run_succeeds_and_leaves_its_folder(stack, states, stage):
     assert "verify" not in told_to_verify
     assert set(stack.store.published(run.id)) == PUBLISHED
     assert "DBOS" not in stack.log
+
+
+def test_a_context_beyond_the_model_ends_the_run_once_prepared_and_what_was_prepared_is_kept(
+    stack, states, stage
+):
+    stack.start()
+    pipeline = stack.pipeline()
+    pipeline.package.context_tokens = 8193
+    failed = stack.finish(stack.create(pipeline).id)
+    assert states(failed) == ["FAILED"] + ["PENDING"] * 5
+    assert failed.error.metadata["field"] == "package.context_tokens"
+    assert "8193 is more than the 8192" in failed.error.message
+    again = stack.finish(stack.create(pipeline).id)
+    assert states(again)[0] == "FAILED", "a result that was taken over is checked too"
+    pipeline.package.context_tokens = 8192
+    assert states(stack.finish(stack.create(pipeline).id)) == ["REUSED"] + ["SUCCEEDED"] * 5
 
 
 def test_without_outputs_no_folder_is_written_but_the_store_has_the_small_files(stack):
@@ -103,6 +119,9 @@ def test_the_same_inputs_never_run_twice(stack, states, stage):
     second = stack.finish(stack.create().id)
     assert states(second) == REUSED
     assert {made.reused_from_run for made in second.stages[:-1]} == {first.id}
+    # What it took when it ran, not the moment that taking it over took.
+    assert [made.work_seconds for made in second.stages[:-1]] == [s.work_seconds for s in first.stages[:-1]]
+    assert all(made.work_seconds > 0 for made in first.stages)
     assert (stack.outputs / second.id / "model.Q4_K_M.gguf").exists()
 
     other = stack.finish(stack.create(stack.pipeline(epochs=2)).id)
@@ -142,8 +161,14 @@ def test_two_runs_wait_for_each_other_and_a_failed_one_blocks_nobody(stack, stag
     first = stack.create()
     stack.until(first.id, lambda run: stage(run, "train").progress.phase == "train", "training")
     second = stack.create(stack.pipeline(seed=5))
-    waiting = stack.until(second.id, lambda run: stage(run, "prepare").progress.message, "a message")
-    assert stage(waiting, "prepare").progress.message == "waiting in the trainer's queue"
+    waiting = stack.until(second.id, lambda run: stage(run, "train").progress.message, "to wait")
+    prepared = stage(waiting, "prepare").state
+    assert prepared == gateway_pb2.STAGE_STATE_SUCCEEDED, "a training held a prepare up"
+    assert stage(waiting, "train").state == gateway_pb2.STAGE_STATE_QUEUED
+    assert stage(waiting, "train").progress.message == "waiting for the trainer, 1 run ahead"
+    assert waiting.state == gateway_pb2.RUN_STATE_QUEUED
+    queued = gateway_pb2.ListRunsRequest(states=["RUN_STATE_QUEUED"])
+    assert [run.id for run in stack.api.ListRuns(queued).runs] == [second.id]
     (stack.control / "fail-package").write_text("no")
     stack.release("train")
     assert stack.finish(first.id).state == gateway_pb2.RUN_STATE_FAILED
@@ -208,7 +233,7 @@ def test_info_deployments_and_artifacts(stack):
     assert [runtime.target for runtime in info.runtimes] == ["llama-server"]
     assert info.store == stack.store.url
 
-    answer = stack.api.ListDeployments(gateway_pb2.GatewayServiceListDeploymentsRequest())
+    answer = stack.deployments.ListDeployments(deployments_pb2.ListDeploymentsRequest())
     assert [deployment.name for deployment in answer.deployments] == ["demo"]
 
     adapters = stack.artifacts.ListArtifacts(artifacts_pb2.ListArtifactsRequest(kind="ARTIFACT_KIND_ADAPTER"))
@@ -219,3 +244,83 @@ def test_info_deployments_and_artifacts(stack):
     with pytest.raises(grpc.RpcError) as raised:
         stack.artifacts.GetArtifact(artifacts_pb2.GetArtifactRequest(name="adapter/demo"))
     assert isinstance(error_of(raised.value), InvalidInput)
+
+
+def test_a_run_without_a_target_goes_where_the_deployer_is_set_to(stack, states, stage):
+    (stack.control / "target").write_text("ollama")
+    stack.start()
+    first = stack.finish(stack.create().id)
+    assert stage(first, "deploy").deploy_result.deployment.target == "ollama"
+    (stack.control / "target").write_text("docker")  # the deployer's setting is another one from now on
+    second = stack.finish(stack.create().id)
+    assert stage(second, "deploy").deploy_result.deployment.target == "docker"
+    assert states(second)[:3] == ["REUSED"] * 3
+
+
+def test_a_run_stopped_by_a_setting_and_corrected_takes_over_what_was_finished(stack, states, stage):
+    (stack.control / "fail-package").write_text("no such context")
+    stack.start()
+    pipeline = stack.pipeline()
+    pipeline.package.context_tokens = 8192
+    failed = stack.finish(stack.create(pipeline).id)
+    assert states(failed)[:3] == ["SUCCEEDED", "SUCCEEDED", "FAILED"]
+    (stack.control / "fail-package").unlink()
+    pipeline.package.context_tokens = 2048
+    corrected = stack.finish(stack.create(pipeline).id)
+    assert states(corrected)[:3] == ["REUSED", "REUSED", "SUCCEEDED"]
+    assert stage(corrected, "train").reused_from_run == failed.id
+
+
+def test_a_limit_on_a_score_that_the_suite_does_not_give_makes_no_run(stack):
+    stack.start()
+    pipeline = stack.pipeline()
+    pipeline.verify.budgets.min_score_percent["tool_call.vald"] = 95
+    with pytest.raises(grpc.RpcError) as raised:
+        stack.create(pipeline)
+    error = error_of(raised.value)
+    assert isinstance(error, InvalidInput)
+    assert error.metadata["field"] == "verify.budgets.min_score_percent.tool_call.vald"
+    assert "did you mean tool_call.valid?" in error.message
+    assert not stack.api.ListRuns(gateway_pb2.ListRunsRequest()).runs
+
+
+def test_with_a_suite_the_deployer_is_asked_first(stack):
+    stack.start("trainer", "packager", "gateway")
+    with pytest.raises(grpc.RpcError) as raised:
+        stack.create()
+    error = error_of(raised.value)
+    assert isinstance(error, Unavailable)
+    assert "The deployer at" in error.message
+
+
+def test_a_training_ended_early_is_kept_and_the_run_goes_on(stack, states, stage):
+    stack.start()
+    stack.hold("train")
+    run = stack.create()
+    stack.until(run.id, lambda run: stage(run, "train").progress.done > 0, "its training")
+    answer = stack.api.CancelRun(gateway_pb2.CancelRunRequest(id=run.id, keep=True)).run
+    assert answer.state == gateway_pb2.RUN_STATE_RUNNING
+    done = stack.finish(run.id)
+    assert states(done) == ["SUCCEEDED"] * 6
+    assert stage(done, "train").train_result.ended_early
+
+    # It is less than these inputs make: the next run trains anew.
+    stack.release("train")
+    again = stack.finish(stack.create().id)
+    assert states(again)[:2] == ["REUSED", "SUCCEEDED"]
+    assert not stage(again, "train").train_result.ended_early
+
+
+def test_only_a_run_that_trains_can_end_its_training_early(stack, stage):
+    stack.start()
+    stack.hold("prepare")
+    run = stack.create()
+    stack.until(run.id, lambda run: stage(run, "prepare").progress.done > 0, "being prepared")
+    request = gateway_pb2.CancelRunRequest(id=run.id, keep=True)
+    with pytest.raises(grpc.RpcError) as raised:
+        stack.api.CancelRun(request)
+    assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "is not training: there is no training to end early" in raised.value.details()
+    stack.release("prepare")
+    done = stack.finish(run.id)
+    assert stack.api.CancelRun(request).run == done

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import secrets
+import time
 from pathlib import Path
 
 import pytest
 from minio import Minio
 from minio.error import S3Error
 from pydantic import SecretStr
-from servers.fixtures import MinioServer
 from web4lora_chassis.artifacts import open_store
 from web4lora_chassis.artifacts.provision import ProvisionSettings, provision
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput, Unavailable
+
+from tests.servers.fixtures import MinioServer
 
 
 @pytest.fixture
@@ -45,6 +47,11 @@ def test_the_key_serves_the_store_and_no_other_bucket(
     store = open_store(settings)
     ref = store.put("report", "report", {"a.txt": tmp_path / "a.txt"})
     assert [manifest.digest for manifest in store.find()] == [ref.digest]
+    assert store.touch(ref)
+    assert store.cut_off(time.time() + 3600) == []
+    store.publish("run_1", {"a.txt": tmp_path / "a.txt"})
+    store.unpublish("run_1")
+    assert store.published("run_1") == []
     store.delete(ref)
     client = _client(minio, settings)
     with pytest.raises(S3Error, match="AccessDenied"):

@@ -13,12 +13,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from servers.fixtures import MinioServer, free_port
-from servers.stores import PART_BYTES, left_uploads, noise, s3_store
 from web4lora_chassis import errors
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, open_store
 from web4lora_chassis.artifacts.s3_upload import SHA256_HEADER
 from web4lora_chassis.settings import Settings
+
+from tests.servers.fixtures import MinioServer, free_port
+from tests.servers.stores import PART_BYTES, left_uploads, noise, s3_store
 
 HERE = Path(__file__).parent
 

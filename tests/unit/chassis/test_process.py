@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from web4lora_chassis.errors import FailedPrecondition, Internal
-from web4lora_chassis.process import run, start
+from web4lora_chassis.errors import FailedPrecondition, Internal, OutOfMemory, Web4Error
+from web4lora_chassis.process import CRASHED, run, start
 
 
 def test_output_and_arguments_without_a_shell(tmp_path: Path) -> None:
@@ -22,6 +22,45 @@ def test_output_and_arguments_without_a_shell(tmp_path: Path) -> None:
 def test_failure_ends_with_what_was_printed() -> None:
     with pytest.raises(Internal, match=r"exit code 3:\nlast words"):
         run([sys.executable, "-c", "print('last words'); raise SystemExit(3)"])
+
+
+@pytest.mark.parametrize(
+    ("end", "kind", "reason", "words"),
+    [
+        (
+            "os.kill(os.getpid(), 11)",
+            FailedPrecondition,
+            CRASHED,
+            "was killed by SIGSEGV, most likely it was",
+        ),
+        ("os.kill(os.getpid(), 4)", FailedPrecondition, CRASHED, "was killed by SIGILL, most likely it was"),
+        ("os.kill(os.getpid(), 6)", FailedPrecondition, CRASHED, "was killed by SIGABRT, it gave up at"),
+        (
+            "os.kill(os.getpid(), 9)",
+            OutOfMemory,
+            "OUT_OF_MEMORY",
+            "was killed by SIGKILL, most likely because mem",
+        ),
+        ("os._exit(139)", FailedPrecondition, CRASHED, r"failed with exit code 139 \(SIGSEGV\), most likely"),
+        (
+            "os._exit(137)",
+            OutOfMemory,
+            "OUT_OF_MEMORY",
+            r"failed with exit code 137 \(SIGKILL\), most likely",
+        ),
+        ("os.kill(os.getpid(), 15)", Internal, "PROGRAM_FAILED", "was killed by SIGTERM:"),
+        ("os._exit(128)", Internal, "PROGRAM_FAILED", "failed with exit code 128:"),
+        ("os._exit(255)", Internal, "PROGRAM_FAILED", "failed with exit code 255:"),
+    ],
+)
+def test_a_signal_is_named_with_its_likely_cause(
+    end: str, kind: type[Web4Error], reason: str, words: str
+) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        run([sys.executable, "-c", f"import os; print('last words', flush=True); {end}"])
+    assert caught.value.reason == reason
+    assert caught.value.message.endswith(":\nlast words")
+    assert "try again" not in f"{caught.value}".lower()
 
 
 def test_missing_program_and_folder_are_named(tmp_path: Path) -> None:

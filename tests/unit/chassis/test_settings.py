@@ -105,3 +105,16 @@ def test_a_file_of_variables_fills_what_the_environment_leaves_open(
     monkeypatch.setenv("WEB4LORA_ENV_FILE", str(tmp_path / "gone"))
     with pytest.raises(InvalidInput, match="WEB4LORA_ENV_FILE"):
         load(Settings)
+    (tmp_path / ".env").write_bytes(b"\x7fELF\xd0\x00")
+    monkeypatch.setenv("WEB4LORA_ENV_FILE", str(tmp_path / ".env"))
+    with pytest.raises(InvalidInput, match=r"WEB4LORA_ENV_FILE: can.t read .*it is not text"):
+        load(Settings)
+
+
+@pytest.mark.parametrize("address", [":", "nonsense", "127.0.0.1:", "127.0.0.1:99999", ":8461", "h:²"])
+def test_an_address_without_host_or_port_is_refused_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("WEB4LORA_GATEWAY_ADDRESS", address)
+    with pytest.raises(InvalidInput, match=r"WEB4LORA_GATEWAY_ADDRESS: .*host:port"):
+        load(Settings)

@@ -163,6 +163,7 @@ def test_overrides_win_and_are_checked_the_same_way() -> None:
         GOOD + "train:\n  epochs: 1\n  lora: {target_modules: [q_proj, k_proj]}\n",
         "train.epochs=2",
         "train.lora.target_modules=[v_proj]",
+        "verify.suite_file=suite.yaml",
         "verify.budgets.min_score_percent.tool_call.valid=90",
         "name=other",
     )
@@ -189,3 +190,69 @@ def test_a_service_error_is_traced_to_the_line_it_speaks_of() -> None:
     assert file.place("deploy.target") == "demo.yaml"
     plain = InvalidInput("no field")
     assert file.located(plain) is plain
+
+
+DEEP = "[" * 2000
+NO_HOME = "base.model: ~nobody-here/x begins with the home folder of someone unknown here"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('train: {dtype: "\\ud800"}', "train.dtype holds U+D800, which no text may hold."),
+        ('verify: {suite_file: "\\0"}', "verify.suite_file holds U+0000, which no text may hold."),
+        ('"\\ud800": 1', "a key holds U+D800"),
+        ('verify: {budgets: {min_score_percent: {"\\ud800": 1}}}', "a key holds U+D800"),
+        ("train: {seed: " + "9" * 5000 + "}", "train.seed needs a whole number"),
+        ("verify: {suite_file: " + "a/" * 3000 + "}", "is not there."),
+        ("verify: {suite_file: " + "a" * 5000 + "}", "is not there."),
+        ("verify: {suite_file: ~nobody-here/x}", "begins with the home folder of someone unknown here"),
+        ("a: " + DEEP, "not YAML"),
+    ],
+)
+def test_no_odd_text_ends_as_a_foreign_error(text: str, said: str) -> None:
+    assert any(said in line for line in problems(GOOD + text + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train=", "train needs a mapping"),
+        ("base=", "base needs a mapping"),
+        (f"train={DEEP}", "is not a YAML value"),
+        ("base.model=~nobody-here/x", NO_HOME),
+        ("train={lora: {rank: 0}}", "--set train={lora: {rank: 0}}: train.lora.rank: 0 must be at least 1"),
+        ("name=My-Model", "--set name=My-Model: name: 'My-Model' is not a pipeline name"),
+    ],
+)
+def test_no_odd_override_ends_as_a_foreign_error(override: str, said: str) -> None:
+    found = problems(GOOD + "train: {lora: {rank: 1}}\n", override)
+    assert any(said in line for line in found), found
+
+
+def test_rules_come_with_lines_and_all_problems_in_the_order_of_the_file() -> None:
+    text = GOOD.replace("web4-demo", "My-Model").replace("[train.jsonl]", "[gone.jsonl]")
+    found = problems(text + "package:\n  quantizations:\n  - Q8_0\n  - Q4_K\nzz: 1\n")
+    assert [line.partition(": ")[0] for line in found] == [f"demo.yaml:{n}" for n in (1, 3, 9, 10)]
+    assert "my-model would be one" in found[0]
+    assert "did you mean Q4_K_M?" in found[2]
+
+
+def test_errors_about_the_suite_speak_of_the_files_here() -> None:
+    file = read(GOOD + "verify: {suite_file: suite.yaml}\n")
+    for stored, said in (("suite.yaml:3: x.", "suite.yaml:3: x."), ("a/p.jsonl:1: y.", "a/p.jsonl:1: y.")):
+        assert file.located(InvalidInput(stored, reason="BAD_SUITE")).message == said
+
+
+def test_lines_about_the_suite_follow_those_about_the_pipeline() -> None:
+    file = read(GOOD + "train:\n  epochs: 1\nverify: {suite_file: suite.yaml}\n")
+    error = InvalidInput(
+        "a.\nsuite.yaml:3: x.\n… and 1 more", reason="BAD_SUITE", metadata={"field": "train.epochs"}
+    )
+    assert file.located(error).message == "demo.yaml:7: a.\nsuite.yaml:3: x.\n… and 1 more"
+
+
+def test_several_lines_of_a_service_are_traced() -> None:
+    file = read(GOOD + "train:\n  epochs: 1\n  seed: 2\n")
+    error = InvalidInput("a.\nb.\n… and 1 more", metadata={"field": "train.epochs\ntrain.seed"})
+    assert file.located(error).message == "demo.yaml:7: a.\ndemo.yaml:8: b.\n… and 1 more"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ import psutil
 import pytest
 from web4lora.home import load_settings, short
 from web4lora.stack import Stack, service, usable_cores
-from web4lora_chassis.errors import FailedPrecondition
-from web4lora_chassis.settings import Settings
+from web4lora_chassis.errors import FailedPrecondition, InvalidInput
+from web4lora_chassis.settings import Settings, make_native_tokens, make_private
 
 
 @pytest.fixture
@@ -63,6 +64,13 @@ def test_down_leaves_processes_that_are_not_ours(tmp_path: Path, sleeper: psutil
     assert not made.services[0].pid_file.exists()
 
 
+def test_a_store_that_is_none_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    made = Stack(Settings(home=tmp_path, store="ftp://x"), tmp_path / "outputs")
+    with pytest.raises(InvalidInput, match="WEB4LORA_STORE"):
+        made.up(lambda *_: pytest.fail("something was started"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_down_ends_ours(tmp_path: Path, sleeper: psutil.Process) -> None:
     made = stack(tmp_path)
     note(made, sleeper.pid, sleeper.create_time())
@@ -103,3 +111,44 @@ def test_the_nearest_home_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load_settings().home == tmp_path / "other"
     assert short(deep / "c") == Path("c")
     assert short(tmp_path) == tmp_path
+
+
+def test_the_state_and_its_token_are_for_their_owner_alone(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    umask = os.umask(0o022)
+    try:
+        settings = Settings(home=home)
+        make_private(home)
+        make_native_tokens(settings)
+        (home / "later").mkdir()
+        (home / "later" / "file").write_text("x", "utf-8")
+    finally:
+        os.umask(umask)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (home, home / "token", home / "later" / "file")]
+    assert modes == [0o700, 0o600, 0o600]
+    first = settings.shared_token
+    assert len(first) >= 32
+    make_native_tokens(settings)
+    assert settings.shared_token == first  # of a stack that has one
+    assert sorted(path.name for path in home.iterdir()) == [
+        "deployer.token", "later", "packager.token", "token", "trainer.token",
+    ]  # fmt: skip
+
+
+def test_a_token_that_was_set_wins(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, token="set")  # type: ignore[arg-type]
+    make_native_tokens(settings)
+    assert settings.shared_token == "set"
+    assert not (tmp_path / "token").exists()
+
+
+def test_a_folder_that_all_share_is_no_home_and_stays_open(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    umask = os.umask(0o022)
+    try:
+        with pytest.raises(FailedPrecondition, match="is shared with other users"):
+            make_private(tmp_path)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore
 from web4lora_chassis.artifacts.folder import FolderBackend
-from web4lora_chassis.errors import Web4Error
+from web4lora_chassis.errors import ResourceExhausted, Web4Error
 from web4lora_gateway.folder import RunFolder, taken
 
 RUN = "run_2026-11-22_2"
@@ -65,6 +67,19 @@ def test_facts_and_log_may_change_after_they_were_published(store, tmp_path):
     lines = (published / "logs/run.log").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == ["one", "two"]
     assert (published / "logs/run.log").read_text() == (folder.path / "logs/run.log").read_text()
+
+
+def test_no_room_for_the_copies_is_an_error_that_is_waited_for(store, tmp_path, monkeypatch):
+    folder = RunFolder("run_2026-11-22_1", store, None, tmp_path / "gateway")
+    folder.begin()
+    folder.log("started")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(ResourceExhausted, match="disk is full"):
+        folder.publish()
 
 
 def test_latest_leads_to_the_newest_run(store, tmp_path):

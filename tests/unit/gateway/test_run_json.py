@@ -5,10 +5,10 @@ from typing import Any
 
 from web4.lora.v1 import gateway_pb2
 from web4lora_chassis.jobs import JobFailure
-from web4lora_gateway.messages import run_message
 from web4lora_gateway.pipeline import check_pipeline
 from web4lora_gateway.records import RunRecord, RunState, StageResult, StageState
 from web4lora_gateway.run_json import run_json
+from web4lora_gateway.run_messages import run_message
 
 
 def ref(kind: str, digit: str) -> dict[str, Any]:
@@ -42,7 +42,13 @@ def whole() -> RunRecord:
     made = done(
         made,
         "train",
-        {"adapter": ref("ADAPTER", "c"), "final_loss": 0.3, "steps": "226", "held_out_loss": 0.0},
+        {
+            "adapter": ref("ADAPTER", "c"),
+            "final_loss": 0.3,
+            "steps": "226",
+            "held_out_loss": 0.0,
+            "events": ["memory ran out"],
+        },
         versions={"trainer": "0.1.0", "torch": "2.13.0"},
         job_id="train-1",
     )
@@ -77,6 +83,7 @@ def test_every_stage_adds_its_facts():
     assert facts["train"]["steps"] == 226
     assert facts["train"]["held_out_loss"] == 0
     assert facts["train"]["adapter_digest"] == "c" * 64
+    assert facts["train"]["events"] == ["memory ran out"]
     assert facts["package"]["reference"] == {"type": "F16", "size_bytes": 271, "digest": "d" * 64}
     assert facts["package"]["quantized"][0]["size_reduction"] == 0.61
     assert facts["package"]["merge"] == {"adapter_tensors": 240}
@@ -91,6 +98,19 @@ def test_every_stage_adds_its_facts():
     }  # fmt: skip
     assert facts["parameters"]["train"]["lora"]["rank"] == 16
     assert facts["versions"] == {"gateway": "0.1.0", "torch": "2.13.0", "trainer": "0.1.0"}
+
+
+def test_a_stage_that_was_taken_over_has_the_seconds_of_when_it_ran():
+    fields = {"state": StageState.REUSED, "reused_from_run": "run_2026-11-21_1"}
+    made = whole().with_stage("train", **fields, work_seconds=481.25, ended_at=10.06)
+    assert json.loads(run_json(made))["stages"]["train"]["seconds"] == 481.25
+    assert run_message(made).stages[1].work_seconds == 481.25
+    unknown = whole().with_stage("train", **fields, ended_at=10.06)
+    assert "seconds" not in json.loads(run_json(unknown))["stages"]["train"]
+
+
+def test_a_result_kept_before_seconds_were_is_read():
+    assert StageResult(**{"key": "k", "run_id": "r", "result": {}, "versions": {}}).work_seconds == 0
 
 
 def test_what_is_not_known_is_left_out():

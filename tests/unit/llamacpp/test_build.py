@@ -14,17 +14,10 @@ from web4lora_chassis.errors import FailedPrecondition, Internal
 from web4lora_chassis.jobs import Progress
 from web4lora_llamacpp import build, tools
 from web4lora_llamacpp.build import ensure_built
-from web4lora_llamacpp.source import SDIST, source_folder
+from web4lora_llamacpp.source import SDIST
 from web4lora_llamacpp.tools import FOLDER_VARIABLE, SOURCE_VARIABLE, TARGETS, build_folder, cache_root, find
 
-CMAKE = """cmake_minimum_required(VERSION 3.21)
-project(llama CXX)
-set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
-foreach(name %s)
-  add_executable(${name} main.cpp)
-endforeach()
-""" % " ".join(TARGETS)  # noqa: UP031 - the text has braces
-MAIN = '#include <cstdio>\nint main() { std::puts("version: 9.8.7 (build 1, commit abc1234)"); }\n'
+from tests.unit.llamacpp.stand_in import MAIN, put_source
 
 Place = Callable[[str], Path]
 
@@ -40,11 +33,7 @@ def place(tmp_path: Path) -> Place:
     """Puts a source into a new cache, where the real one would lie once unpacked."""
 
     def put(main: str) -> Path:
-        source = source_folder(cache_root(tmp_path))
-        source.mkdir(parents=True)
-        (source / "CMakeLists.txt").write_text(CMAKE)
-        (source / "main.cpp").write_text(main)
-        (source / "convert_hf_to_gguf.py").write_text("")
+        put_source(tmp_path, main)
         return tmp_path
 
     return put
@@ -64,6 +53,7 @@ def test_builds_once_and_is_found_then(place: Place) -> None:
     assert steps[-1].done == steps[-1].total == 2 * len(TARGETS)
     assert [progress.done for progress in steps] == sorted(progress.done for progress in steps)
 
+    assert built.tested
     again = ensure_built(cache, pytest.fail)
     assert again.found
     assert again.bin == built.bin == build_folder(cache, portable=False) / "bin"
@@ -159,8 +149,15 @@ def test_a_folder_of_ones_own_is_used(place: Place, tmp_path: Path, monkeypatch:
     shutil.copytree(ensure_built(place(MAIN)).bin, own)
     monkeypatch.setenv(FOLDER_VARIABLE, str(own))
     monkeypatch.setenv(SOURCE_VARIABLE, str(tmp_path))
-    found = ensure_built(tmp_path / "empty cache", pytest.fail)
+    seen: list[Progress] = []
+    found = ensure_built(tmp_path / "empty cache", seen.append)
+    assert {progress.phase for progress in seen} == {"self-test"}
     assert (found.bin, found.source, found.version) == (own, tmp_path, "9.8.7 (abc1234)")
+    (own / "llama-imatrix").unlink()  # serving needs less than packaging
+    less = find(tmp_path)
+    assert less is not None
+    with pytest.raises(FailedPrecondition, match="has no llama-imatrix"):
+        _ = less.imatrix
     (own / "llama-server").unlink()
     with pytest.raises(FailedPrecondition, match="has no llama-server"):
         find(tmp_path)

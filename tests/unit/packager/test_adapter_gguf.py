@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny_llama
 from gguf import GGUFWriter
 from web4lora_chassis.errors import DataLoss, FailedPrecondition
 from web4lora_packager.adapter import Adapter
 from web4lora_packager.adapter_gguf import check_adapter, require_convertible
+from web4lora_packager.layout import Layout
+
+from tests import tiny_llama
+
+LAYOUT = Layout({}, {}, frozenset())
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +26,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_plain_adapter_can_be_converted(tmp_path: Path, base: Path) -> None:
     changes = {"rank_pattern": {"v_proj": 8}}  # each tensor brings its own rank
-    require_convertible(Adapter(tiny_llama.write_adapter(tmp_path / "a", base, **changes)))
+    require_convertible(Adapter(tiny_llama.write_adapter(tmp_path / "a", base, **changes)), LAYOUT)
+
+
+def test_weights_stored_the_other_way_round_are_refused(tmp_path: Path, base: Path) -> None:
+    adapter = Adapter(tiny_llama.write_adapter(tmp_path / "a", base))
+    transposed = frozenset({"model.layers.1.self_attn.o_proj.weight"})
+    with pytest.raises(FailedPrecondition, match=r"\(in, out\)"):
+        require_convertible(adapter, replace(LAYOUT, transposed=transposed))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +42,6 @@ def test_a_plain_adapter_can_be_converted(tmp_path: Path, base: Path) -> None:
         {"use_rslora": True},
         {"alpha_pattern": {"q_proj": 3}},
         {"modules_to_save": ["lm_head"]},
-        {"fan_in_fan_out": True},
     ],
 )
 def test_what_a_gguf_would_apply_otherwise_is_refused(
@@ -38,7 +49,7 @@ def test_what_a_gguf_would_apply_otherwise_is_refused(
 ) -> None:
     adapter = Adapter(tiny_llama.write_adapter(tmp_path / "a", base, **changes))
     with pytest.raises(FailedPrecondition, match=next(iter(changes))) as caught:
-        require_convertible(adapter)
+        require_convertible(adapter, LAYOUT)
     assert caught.value.reason == "ADAPTER_NOT_CONVERTIBLE"
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from web4lora_chassis.errors import InvalidInput
+from web4lora_chassis.model_files.modelfile import licence_of
 from web4lora_packager.chat_template import Tokenizer, read_tokenizer
-from web4lora_packager.modelfile import ModelParameters, default_system, licence_of, modelfile, stop_texts
+from web4lora_packager.modelfile import ModelParameters, default_system, modelfile, stop_texts
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -124,8 +125,12 @@ def test_ollama_reads_texts_back(text: str) -> None:
 
 @pytest.mark.parametrize("text", ['one "\ntwo """\nthree', '"""\nfenced\n'])
 def test_a_text_that_no_quotes_can_hold_is_refused(text: str) -> None:
-    with pytest.raises(InvalidInput, match="can't hold"):
-        modelfile("m.gguf", ModelParameters((), text, 0, 1, ""))
+    for system, licence, said in (
+        (text, "", "The system message of the base's"),
+        ("", text, "The base's licence"),
+    ):
+        with pytest.raises(InvalidInput, match=f"{said}.* can't be written in a Modelfile"):
+            modelfile("m.gguf", ModelParameters((), system, 0, 1, licence))
 
 
 def _ollama_reads(text: str) -> list[tuple[str, str]]:
@@ -219,6 +224,12 @@ def test_templates_reach_nothing_outside() -> None:
 
 
 def test_the_licence_file_comes_before_its_name(tmp_path: Path) -> None:
-    assert licence_of(tmp_path, "MIT") == "MIT"
+    assert licence_of(tmp_path.iterdir(), "MIT") == ("MIT", "its model card")
     (tmp_path / "LICENSE.txt").write_text("All of it.\n")
-    assert licence_of(tmp_path, "MIT") == "All of it."
+    assert licence_of(tmp_path.iterdir(), "MIT") == ("All of it.", "LICENSE.txt")
+
+
+def test_a_template_with_windows_line_ends_is_the_one_that_the_converter_writes(tmp_path: Path) -> None:
+    """Transformers and the converter read each line end as a line feed."""
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ messages[0].content }}\r\n{{ 'x' }}\r\n")
+    assert read_tokenizer(tmp_path).chat_template == "{{ messages[0].content }}\n{{ 'x' }}\n"

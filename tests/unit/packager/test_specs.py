@@ -9,7 +9,7 @@ from web4.lora.v1 import artifacts_pb2, packager_pb2
 from web4lora_chassis.artifacts import ArtifactRef, Manifest
 from web4lora_chassis.artifacts.manifest import FileEntry
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput
-from web4lora_packager.specs import check, spec_of
+from web4lora_packager.specs import spec_of
 from web4lora_packager.worker import require_base
 
 BASE, ADAPTER, DATASET = (
@@ -36,14 +36,16 @@ def test_defaults() -> None:
         False,
         None,
     )
-    assert spec.importance_matrix_chunks == 100
+    assert spec.matrix_chunks == 100
     assert spec.context_for(8192) == 4096
     assert spec.context_for(2048) == 2048
-    assert spec.context_for(None) == 4096
+    assert spec.context_for(0) == 4096
 
 
-def test_types_are_taken_in_either_case() -> None:
-    assert spec_of(_message(quantizations=["q8_0", "Q5_K_M"])).quantizations == ("Q8_0", "Q5_K_M")
+def test_types_are_taken_as_they_are_written_in_a_pipeline() -> None:
+    assert spec_of(_message(quantizations=["Q8_0", "Q5_K_M"])).quantizations == ("Q8_0", "Q5_K_M")
+    with pytest.raises(InvalidInput, match="did you mean Q8_0"):
+        spec_of(_message(quantizations=["q8_0"]))
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:
@@ -69,8 +71,8 @@ def test_a_context_beyond_the_model_is_refused() -> None:
 )
 def test_errors_name_the_field(package: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        check("package", _message(**package))
-    assert caught.value.metadata["field"] == field
+        spec_of(_message(**package))
+    assert caught.value.metadata["field"] == f"package.{field}"
     assert field in caught.value.message
 
 
@@ -85,9 +87,9 @@ def test_the_base_under_an_adapter_has_no_matrix() -> None:
     assert spec_of(_message(adapter_gguf=True)).adapter_gguf
     message = _message(quantizations=["IQ2_XS"], importance_matrix=True, adapter_gguf=True)
     message.dataset.CopyFrom(DATASET)
-    with pytest.raises(InvalidInput, match="put another type first") as caught:
+    with pytest.raises(InvalidInput, match="Put another type first") as caught:
         spec_of(message)
-    assert caught.value.metadata["field"] == "adapter_gguf"
+    assert caught.value.metadata["field"] == "package.adapter_gguf"
     message.package.quantizations[:] = ["Q4_K_M", "IQ2_XS"]
     assert spec_of(message).adapter_gguf
 
@@ -96,12 +98,12 @@ def test_artifacts_of_another_kind_are_refused() -> None:
     message = _message()
     message.base.CopyFrom(ADAPTER)
     with pytest.raises(InvalidInput, match="not base_model"):
-        check("package", message)
+        spec_of(message)
 
 
 def test_names_that_artifacts_can_not_have_are_refused() -> None:
     with pytest.raises(InvalidInput, match="Not A Name"):
-        check("package", _message(name="Not A Name"))
+        spec_of(_message(name="Not A Name"))
 
 
 def _adapter_made_from(*inputs: ArtifactRef) -> Manifest:

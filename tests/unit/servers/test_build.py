@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from servers import build as build_module
-from servers.build import CATALOGUE, GoProgram, build, find, main
 from web4lora_chassis.errors import Internal, InvalidInput
+
+from tests.servers import build as build_module
+from tests.servers.build import CATALOGUE, GoProgram, build, find, main
 
 
 @dataclass

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def test_a_folder_is_taken_as_it_is(tiny_base: Path, tmp_path: Path) -> None:
     base = resolve(str(tiny_base), "", tmp_path, quiet)
     assert base.source == tiny_base.name
     assert not base.ours, "a user's files must be copied, not linked"
-    assert set(base.files()) == {
+    assert set(base.decoder.files()) == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
@@ -38,9 +39,19 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="not a GGUF"):
         resolve(str(tmp_path / "x.bin"), "", tmp_path, quiet)
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\0" * 60)
-    with pytest.raises(InvalidInput, match="can't be imported"):
+    with pytest.raises(InvalidInput, match=r"x\.gguf can't be read as a GGUF file: version 0"):
         resolve(str(tmp_path / "x.gguf"), "", tmp_path / "cache", quiet)
     assert not list((tmp_path / "cache").rglob("*.*")), "a half-made import was left behind"
+
+
+def test_an_import_of_an_earlier_version_is_not_taken_over(tiny_base: Path, tmp_path: Path) -> None:
+    """Such an import may lack tensors, which nothing else would show."""
+    file, cache = tmp_path / "x.gguf", tmp_path / "cache"
+    file.write_bytes(b"GGUF" + b"\0" * 60)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    shutil.copytree(tiny_base, cache / "base_models" / f"x-{digest[:12]}-1")
+    with pytest.raises(InvalidInput, match="version 0 is none of"):
+        resolve(str(file), "", cache, quiet)
 
 
 def test_an_unreachable_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from web4lora_chassis.dataset import Message, Row
+from web4lora_chassis.model_files.trained_conversations import IGNORED
 from web4lora_trainer.base_model import load_tokenizer
-from web4lora_trainer.batching import IGNORED, Collator, Encoded, LikeLengthBatches, encode_rows, render
+from web4lora_trainer.batching import Collator, LikeLengthBatches
+from web4lora_trainer.encoding import Encoded, encode_rows
 
 
 def row(*turns: tuple[str, str]) -> Row:
@@ -34,7 +36,8 @@ def test_only_the_answer_and_its_stop_token_are_trained_on(tiny_base: Path) -> N
     )
     encoded = encode_rows([conversation], tokenizer, 256).rows[0]
     assert trained(encoded, tokenizer) == "red  green\n 12<|im_end|>"
-    prompt = render(tokenizer, [m.to_json() for m in conversation.messages[:-1]], add_generation_prompt=True)
+    asked = [m.to_json() for m in conversation.messages[:-1]]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert list(encoded.input_ids[: len(ids)]) == ids, "training sees other prompt tokens than serving"
     assert encoded.labels[: len(ids)] == (IGNORED,) * len(ids)
@@ -46,7 +49,8 @@ def test_every_turn_of_the_assistant_is_trained_on(tiny_base: Path) -> None:
     conversation = row(("user", "one"), ("assistant", "red"), ("user", "two"), ("assistant", "blue"))
     encoded = encode_rows([conversation], tokenizer, 256).rows[0]
     assert trained(encoded, tokenizer) == "red<|im_end|>blue<|im_end|>"
-    whole = render(tokenizer, [m.to_json() for m in conversation.messages])
+    messages = [m.to_json() for m in conversation.messages]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(encoded.input_ids) + "\n" == whole, "the template's own system message is kept"
 
 

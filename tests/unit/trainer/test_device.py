@@ -1,8 +1,20 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from web4lora_chassis.errors import FailedPrecondition
-from web4lora_trainer.device import Device, choose_device, describe_without_torch, worker_environment
+from web4lora_trainer.device import (
+    Device,
+    choose_device,
+    describe_without_torch,
+    has_bf16,
+    require_one_process,
+    worker_environment,
+)
 
 SHAPES = [(64, 64), (128, 64)]
 
@@ -37,11 +49,31 @@ def test_short_rows_on_a_cpu_take_plain_attention_and_mps_never_does() -> None:
     assert mps.attention(300) == "sdpa"
 
 
-def test_every_format_falls_back_to_fp32() -> None:
-    fallback = Device("mps", "M2", "fp16", 8, 1e12).fallback()
-    assert fallback is not None
-    assert fallback.dtype == "fp32"
-    assert fallback.fallback() is None
+@pytest.mark.parametrize(("bf16", "down"), [(True, ["bf16", "fp32"]), (False, ["fp32"])])
+def test_fp16_falls_back_to_bf16_where_there_is_bf16_and_then_to_fp32(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, down: list[str]
+) -> None:
+    monkeypatch.setattr("web4lora_trainer.device.has_bf16", lambda _: bf16)
+    device: Device | None = Device("mps", "M2", "fp16", 8, 1e12)
+    found = []
+    while device := device.fallback():
+        found.append(device.dtype)
+    assert found == down
+
+
+def test_bf16_is_looked_for_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert has_bf16("cpu")
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert has_bf16("cuda") is expected
+
+    def refuse(*_: object, **__: object) -> None:
+        raise TypeError("BFloat16 is not supported on MPS")
+
+    monkeypatch.setattr(torch, "ones", refuse)
+    assert not has_bf16("mps")
 
 
 def test_the_workers_environment_bounds_mps_memory() -> None:
@@ -54,3 +86,23 @@ def test_the_device_is_described_without_torch() -> None:
     name, memory_bytes, free_bytes = describe_without_torch()
     assert name
     assert 0 < free_bytes <= memory_bytes
+
+
+@pytest.mark.parametrize(
+    "variable", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+)
+def test_several_processes_are_refused_and_one_is_not(variable: str) -> None:
+    with pytest.raises(FailedPrecondition, match=f"{variable} is 2: a launcher started this") as raised:
+        require_one_process({variable: "2"})
+    assert raised.value.fix.endswith(f"unset {variable}.")
+    for alone in ("1", "", "x"):
+        require_one_process({variable: alone})
+
+
+def test_a_trainer_under_torchrun_ends_with_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "WEB4LORA_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "web4lora_trainer"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "WORLD_SIZE is 2" in done.stderr
+    assert "Traceback" not in done.stderr

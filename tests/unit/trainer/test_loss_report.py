@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from web4lora_chassis.pipeline.train import LossBand
 from web4lora_trainer.loss_report import COLUMNS, LossLog, LossRow, judge, plot_losses, read_losses
-from web4lora_trainer.train_settings import LossBand
 
 BAND = LossBand(0.1, 0.6)
 
@@ -107,3 +108,25 @@ def test_a_long_title_stays_inside_the_plot(tmp_path: Path) -> None:
     with Image.open(tmp_path / "loss.png") as image:
         edges = [image.convert("L").crop((x, 0, x + 3, 40)) for x in (0, image.width - 3)]
     assert all(edge.getextrema() == (255, 255) for edge in edges)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_counted_and_left_out(value: float, tmp_path: Path) -> None:
+    steps = rows([0.3] * 40)
+    steps[30] = replace(steps[30], loss=value)
+    verdict = judge(steps, [], BAND)
+    assert verdict.final_loss == pytest.approx(0.3)
+    assert verdict.words == "settled at 0.30, inside the band 0.1 to 0.6; 1 of 40 losses was not finite"
+    steps[31] = replace(steps[31], loss=value, held_out_loss=value)
+    assert "2 of 40 losses were not finite" in judge(steps, [0.3, value], BAND).words
+    assert "not finite" in judge(steps, [0.3, value], BAND).words
+    plot_losses(steps, BAND, "a title", tmp_path / "loss.png")
+
+    none = judge([replace(row, loss=value) for row in steps], [], BAND)
+    assert not none.settled
+    assert none.words == "none of 40 losses was finite"
+    plot_losses([replace(row, loss=value) for row in steps], BAND, "a title", tmp_path / "loss.png")
+
+
+def test_a_held_out_loss_that_is_not_finite_is_told() -> None:
+    assert "the last held-out loss is not finite" in judge(rows([0.3] * 40), [0.3, math.nan], BAND).words

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from web4.lora.v1 import trainer_pb2
 from web4lora_chassis.errors import InvalidInput
-from web4lora_trainer.specs import check, settings_of
-from web4lora_trainer.train_settings import LoraSettings, LossBand, TrainSettings
+from web4lora_chassis.pipeline.train import LoraSettings, LossBand, TrainSettings
+from web4lora_trainer.specs import check_prepare, check_train, settings_of
 
 DIGEST = "a" * 64
 
@@ -14,7 +14,7 @@ DIGEST = "a" * 64
 def test_absent_fields_take_the_contracts_defaults() -> None:
     settings = settings_of(trainer_pb2.TrainSettings())
     assert settings == TrainSettings()
-    assert settings.lora == LoraSettings(16, 0.0, 0.0, ("q_proj", "k_proj", "v_proj", "o_proj"), 0)
+    assert settings.lora == LoraSettings(16, None, 0.0, ("q_proj", "k_proj", "v_proj", "o_proj"), 0)
     assert settings.lora.scale_numerator == 32
     assert settings.loss_band == LossBand(0.6, 1.0)
     assert (settings.epochs, settings.learning_rate, settings.schedule, settings.seed) == (
@@ -77,27 +77,20 @@ def test_every_field_of_the_contract_is_taken() -> None:
     [
         ("epochs", 0.0), ("epochs", float("nan")), ("learning_rate", -1.0), ("learning_rate", float("inf")),
         ("schedule", "step"), ("dtype", "int4"), ("gradient_checkpointing", "maybe"), ("warmup_ratio", 1.5),
-        ("tokens_per_batch", -1), ("gradient_accumulation", 0), ("max_length_tokens", 1), ("seed", -1),
+        ("tokens_per_batch", 0), ("gradient_accumulation", 0), ("max_length_tokens", 1), ("seed", -1),
     ],
 )  # fmt: skip
 def test_values_out_of_bounds_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(InvalidInput) as caught:
         settings_of(trainer_pb2.TrainSettings(**{field: value}))
-    assert caught.value.metadata["field"] == field
+    assert caught.value.metadata["field"] == f"train.{field}"
 
 
 def test_the_loss_band_and_module_names_are_checked() -> None:
-    with pytest.raises(InvalidInput, match=r"loss_band\.low"):
+    with pytest.raises(InvalidInput, match=r"train\.loss_band: low 2"):
         settings_of(trainer_pb2.TrainSettings(loss_band=trainer_pb2.LossBand(low=2, high=1)))
     with pytest.raises(InvalidInput, match="target_modules"):
         settings_of(trainer_pb2.TrainSettings(lora=trainer_pb2.LoraSettings(target_modules=["../x"])))
-
-
-def test_want_of_memory_halves_the_batch_and_keeps_the_update() -> None:
-    settings = TrainSettings(tokens_per_batch=512, gradient_accumulation=3)
-    less = settings.after_memory_failures(2, "cpu")
-    assert (less.tokens_per_batch, less.gradient_accumulation) == (128, 12)
-    assert settings.after_memory_failures(0, "cpu") == settings
 
 
 def ref(kind: str) -> Any:
@@ -110,14 +103,43 @@ def ref(kind: str) -> Any:
 
 def test_specs_are_refused_before_a_job_is_accepted() -> None:
     base = trainer_pb2.BaseModelSpec(model="smollm2-135m-instruct")
-    check("prepare", trainer_pb2.PrepareSpec(dataset=ref("DATASET"), base=base))
-    check("train", trainer_pb2.TrainSpec(name="a", dataset=ref("DATASET"), base=ref("BASE_MODEL")))
-    for bad in (
+    check_prepare(trainer_pb2.PrepareSpec(dataset=ref("DATASET"), base=base))
+    check_train(trainer_pb2.TrainSpec(name="a", dataset=ref("DATASET"), base=ref("BASE_MODEL")))
+    for no_work in (
         trainer_pb2.PrepareSpec(dataset=ref("DATASET")),
         trainer_pb2.PrepareSpec(base=base),
         trainer_pb2.PrepareSpec(dataset=ref("GGUF"), base=base),
+    ):
+        with pytest.raises(InvalidInput):
+            check_prepare(no_work)
+    for bad in (
         trainer_pb2.TrainSpec(name="a", dataset=ref("DATASET"), base=ref("DATASET")),
         trainer_pb2.TrainSpec(name="../a", dataset=ref("DATASET"), base=ref("BASE_MODEL")),
     ):
         with pytest.raises(InvalidInput):
-            check("", bad)
+            check_train(bad)
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"use_dora": True}, "train.lora.use_dora: DoRA scales the base's own weights"),
+        (
+            {"target_modules": ["all-linear", "q_proj"]},
+            "train.lora.target_modules: all-linear names every layer",
+        ),
+        ({"rank_pattern": {"v_proj": 0}}, "train.lora.rank_pattern.v_proj: 0 must be at least 1"),
+        ({"rank_pattern": {"(.*)+": 4}}, "is not the name of a layer"),
+        ({"alpha_pattern": {"v_proj": -1.0}}, "train.lora.alpha_pattern.v_proj: -1.0 must be above 0"),
+    ],
+)
+def test_loras_shape_is_checked(lora: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        settings_of(trainer_pb2.TrainSettings(lora=lora))
+    assert said in caught.value.message
+
+
+def test_a_layers_rank_is_that_of_the_first_name_that_it_ends_with() -> None:
+    lora = LoraSettings(8, rank_pattern={"layers.1.mlp.up_proj": 2, "up_proj": 4})
+    names = ("model.layers.1.mlp.up_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gup_proj")
+    assert [lora.rank_of(name) for name in names] == [2, 4, 8]

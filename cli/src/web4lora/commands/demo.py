@@ -11,14 +11,22 @@ from web4.lora.v1 import gateway_pb2
 from web4lora_chassis.dataset import Row, check_rows
 
 from web4lora.client import Client
-from web4lora.commands.following import announce, conclude, deployed_name, exit_code, follow, show_files, step
+from web4lora.commands.follow_run import (
+    announce,
+    conclude,
+    deployed_name,
+    exit_code,
+    follow,
+    show_files,
+    step,
+)
 from web4lora.commands.options import examples
 from web4lora.commands.stack import local_stack
 from web4lora.home import command_name, load_settings, short
 from web4lora.pipeline_file import PipelineFile, read_pipeline
 from web4lora.stack import Stack
 from web4lora.views.console import BAD, OK, line, mark, out
-from web4lora.views.results import show_samples, show_scores, verify_result
+from web4lora.views.verdict import show_samples, show_scores, verify_result
 
 
 def register(app: typer.Typer) -> None:

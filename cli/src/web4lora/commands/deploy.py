@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from web4.lora.v1 import deployer_pb2
+from web4.lora.v1 import deployments_pb2
 from web4lora_chassis.errors import InvalidInput
 
 from web4lora.client import Client
-from web4lora.commands.following import step
+from web4lora.commands.follow_job import finish
+from web4lora.commands.follow_run import step
 from web4lora.commands.options import Json, examples
-from web4lora.commands.working import finish
 from web4lora.home import command_name
 from web4lora.views import human
 from web4lora.views.console import NOTE, OK, data_of, line, mark, print_json
@@ -116,7 +116,7 @@ def deploy(
         if not as_json and target in ("", "auto"):
             _say_found(client)
         kept = "What served before still serves."
-        result = finish(client, job, quiet=as_json, kept=kept).deploy_result
+        result = finish(client, job, quiet=as_json, kept=kept).result.deploy
         deployment = (
             client.promote(result.deployment.id) if promote else client.deployment(result.deployment.id)
         )
@@ -125,6 +125,7 @@ def deploy(
             {
                 "deployment": data_of(deployment),
                 "unchanged": result.unchanged,
+                "passed_over": list(result.passed_over),
                 "ready_seconds": result.ready_seconds,
                 "request": request_of(deployment),
             }
@@ -134,14 +135,16 @@ def deploy(
         "it serves already: nothing was moved" if result.unchanged else human.duration(result.ready_seconds)
     )
     mark(OK, f"{deployment.id} on {deployment.target} {deployment.runtime_version}   {done}")
+    for said in result.passed_over:
+        mark(NOTE, f"not on {said}")
     if deployment.adapters:
         mark(NOTE, f"adapters: {scales_text(deployment)}")
     if (system or stop) and deployment.target != "ollama":
         mark(NOTE, f"{deployment.target} takes system message and stop texts from each request: send them.")
-    _say_how(deployment)
+    _show_next_steps(deployment)
 
 
-def scales_text(deployment: deployer_pb2.Deployment) -> str:
+def scales_text(deployment: deployments_pb2.Deployment) -> str:
     """Return a deployment's adapters and how strongly each is applied: `tool 1, style 0`."""
     return ", ".join(f"{adapter.name} {adapter.scale:g}" for adapter in deployment.adapters)
 
@@ -161,7 +164,7 @@ def _adapters(words: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def request_of(deployment: deployer_pb2.Deployment) -> dict[str, Any]:
+def request_of(deployment: deployments_pb2.Deployment) -> dict[str, Any]:
     """Return the HTTP request that asks a deployment something: url and body."""
     return {
         "url": f"{deployment.endpoint}/chat/completions",
@@ -173,13 +176,13 @@ def request_of(deployment: deployer_pb2.Deployment) -> dict[str, Any]:
     }
 
 
-def called(deployment: deployer_pb2.Deployment) -> str:
+def called(deployment: deployments_pb2.Deployment) -> str:
     """Return what a runtime's own clients call a deployment: its name, where the runtime knows names."""
     named = deployment.promoted and deployment.target in ("ollama", "docker")
     return deployment.name if named else deployment.model
 
 
-def own_command(deployment: deployer_pb2.Deployment) -> str:
+def own_command(deployment: deployments_pb2.Deployment) -> str:
     """Return the command of the runtime's own that asks a deployment something; empty when it has none."""
     programs = {"ollama": "ollama run", "docker": "docker model run"}
     program = programs.get(deployment.target)
@@ -193,19 +196,19 @@ def _say_found(client: Client) -> None:
         line(f"  {runtime.target:<14} {found}", style="" if runtime.usable else "dim")
 
 
-def _say_how(deployment: deployer_pb2.Deployment) -> None:
+def _show_next_steps(deployment: deployments_pb2.Deployment) -> None:
     """Print the name to call, and every way to ask."""
     if deployment.promoted:
         step("Its name", deployment.name)
     else:
         step("A candidate", f"`{command_name()} deployments promote {deployment.id}` gives it the name")
-    asked = deployment.name if deployment.promoted else deployment.id
-    step("Ask it", f"{command_name()} chat {asked} {shlex.quote(_QUESTION)}")
+    name = deployment.name if deployment.promoted else deployment.id
+    step("Ask it", f"{command_name()} chat {name} {shlex.quote(_QUESTION)}")
     if own := own_command(deployment):
         step("Or", own)
     if len(deployment.adapters) > 1:
         other = deployment.adapters[1].name
-        step("Switch", f"{command_name()} deployments adapters {asked} --use {other}")
+        step("Switch", f"{command_name()} deployments adapters {name} --use {other}")
     request = request_of(deployment)
     body = shlex.quote(json.dumps(request["body"]))
     step("Or", f"curl {request['url']} -H 'Content-Type: application/json' -d {body}")

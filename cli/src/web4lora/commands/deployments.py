@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.text import Text
-from web4.lora.v1 import deployer_pb2
+from web4.lora.v1 import deployments_pb2
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput
 from web4lora_chassis.rpc import ref_of
 
@@ -58,8 +58,43 @@ def list_deployments(as_json: Json = False) -> None:
             line(f"{each.id}: adapters {scales_text(each)}")
     for each in deployments:
         if each.detail:
-            failed = each.state == deployer_pb2.DEPLOYMENT_STATE_FAILED
+            failed = each.state == deployments_pb2.DEPLOYMENT_STATE_FAILED
             line(f"{each.id}: {each.detail}", style="red" if failed else "yellow")
+
+
+@app.command("show", epilog=examples("web4lora deployments show web4-demo"))
+def show(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A deployment's name or id.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show one deployment: where it answers, what it is made of, its trained system message."""
+    with Client() as client:
+        deployment = client.deployment(name)
+    if as_json:
+        print_json(data_of(deployment))
+        return
+    state = state_text(deployment)
+    facts = {
+        "deployment": deployment.id,
+        "state": f"{state}: {deployment.detail}" if deployment.detail else state,
+        "promoted": f"{deployment.name} stands for it" if deployment.promoted else "no",
+        "runtime": f"{deployment.target} {deployment.runtime_version}".rstrip(),
+        "endpoint": deployment.endpoint,
+        "model": deployment.model,
+        "context": f"{deployment.context_tokens:,} tokens",
+        "made of": str(ref_of(deployment.gguf)),
+        "adapters": scales_text(deployment) if deployment.adapters else "",
+        "deployed": human.moment(deployment.create_time),
+        "system": deployment.trained_system or "none; `chat` sends none",
+    }
+    for title, text in facts.items():
+        if text:
+            first, *more = text.splitlines()
+            line(f"{title:<11} {first}")
+            for row in more:
+                line(f"{'':<11} {row}")
 
 
 @app.command("promote", epilog=examples("web4lora deployments promote web4-demo:v1a2b3c4d"))
@@ -174,9 +209,9 @@ def delete(
         mark(OK, f"{deployment_id} is gone from {found.target}.")
 
 
-def state_text(deployment: deployer_pb2.Deployment) -> str:
+def state_text(deployment: deployments_pb2.Deployment) -> str:
     """Return a deployment's state as people write it."""
-    name = deployer_pb2.DeploymentState.Name(deployment.state)
+    name = deployments_pb2.DeploymentState.Name(deployment.state)
     return name.removeprefix("DEPLOYMENT_STATE_").lower()
 
 
@@ -202,7 +237,7 @@ def _checked(deployment_id: str) -> str:
     return deployment_id
 
 
-def _say_serving(deployment: deployer_pb2.Deployment, *, as_json: bool) -> None:
+def _say_serving(deployment: deployments_pb2.Deployment, *, as_json: bool) -> None:
     if as_json:
         print_json(data_of(deployment))
         return

@@ -11,14 +11,14 @@ from web4.lora.v1 import deployer_pb2
 from web4lora_chassis.errors import InvalidInput
 
 from web4lora.client import Client
-from web4lora.commands.following import step
+from web4lora.client.evaluation import EvalModel, budgets_of, suite_file
+from web4lora.commands.follow_job import finish
+from web4lora.commands.follow_run import step
 from web4lora.commands.options import Json, examples
-from web4lora.commands.working import finish
-from web4lora.evaluation import Asked, budgets_of, suite_file
 from web4lora.home import command_name, short
 from web4lora.views.console import OK, data_of, line, mark, print_json
-from web4lora.views.results import show_result
 from web4lora.views.stages import verified
+from web4lora.views.verdict import missed, show_result
 
 _EXAMPLES = examples(
     "web4lora eval web4-demo",
@@ -90,26 +90,26 @@ def evaluate(
 
     Every request says temperature 0. Exit code 1 when a limit is missed.
     """
-    asked = Asked(model, endpoint, _key(api_key_env, endpoint), context_tokens, parallel)
+    first = EvalModel(model, endpoint, _key(api_key_env, endpoint), context_tokens, parallel)
     chosen = suite_file(suite, pipeline)
     with Client() as client:
         job = client.evaluate(
-            asked,
+            first,
             chosen,
-            against=[Asked.of(words) for words in against or ()],
+            against=[EvalModel.of(text) for text in against or ()],
             budgets=budgets_of(limits or (), pipeline),
             name=name,
         )
         if not as_json:
             line(f"{model} · {short(chosen)}", style="bold")
-        result = finish(client, job, quiet=as_json, kept="Nothing was kept.").evaluate_result
+        result = finish(client, job, quiet=as_json, kept="Nothing was kept.").result.evaluate
         if out_dir is not None:
             client.get_artifact(result.report, out_dir)
     if as_json:
         print_json(data_of(result))
     else:
-        _show(result, model, job.evaluate, out_dir)
-    raise typer.Exit(0 if result.passed else 1)
+        _show(result, model, job.spec.evaluate, out_dir)
+    raise typer.Exit(1 if missed(result) else 0)
 
 
 def _show(

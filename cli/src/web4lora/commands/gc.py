@@ -1,96 +1,101 @@
-"""`web4lora gc`: frees the store of artifacts that no run worth keeping needs."""
+"""`web4lora gc`: frees the store of artifacts that nothing needs, and of uploads that were cut off."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Annotated
 
 import typer
-from web4lora_chassis.artifacts import ArtifactRef, Manifest
+from web4.lora.v1 import artifacts_pb2
+from web4lora_chassis.artifacts import ArtifactRef
+from web4lora_chassis.rpc import ref_of
 
-from web4lora.client import Client, ended
+from web4lora.client import Client
 from web4lora.commands.options import Json, examples
-from web4lora.store_console import refs_in
 from web4lora.views import human
 from web4lora.views.console import NOTE, OK, line, mark, print_json
 
-_YOUNG_SECONDS = 3600.0
-"""What is younger may belong to a run that is only about to begin."""
+_REASONS_SHOWN = 3
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("gc", epilog=examples("web4lora gc", "web4lora gc --keep-runs 3 --delete"))(gc)
+    app.command(
+        "gc", epilog=examples("web4lora gc", "web4lora gc --kept", "web4lora gc --keep-runs 3 --delete")
+    )(gc)
 
 
 def gc(
-    keep_runs: Annotated[int, typer.Option(min=0, help="Keep what the newest N runs used and made.")] = 10,
+    keep_runs: Annotated[
+        int, typer.Option(min=0, help="Of the runs that have ended, only the newest N count.")
+    ] = 10,
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete it; without, only say what would be.")
     ] = False,
+    kept: Annotated[
+        bool, typer.Option("--kept", help="Also say what each of the other artifacts is kept for.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Free the store of artifacts that no run worth keeping needs.
+    """Free the store of artifacts that nothing needs, and of uploads that were cut off.
 
-    Kept: what the newest runs, every run that has not ended and everything deployed used and made, and what
-    that was made from. A later run makes again what it needs and no longer finds.
+    Kept: what the newest runs, those of `runs keep`, every run that has not ended, everything deployed and
+    every evaluation on record used and made, what that was made from, and what is younger than
+    WEB4LORA_KEEP_NEW_HOURS (24). A later run makes again what it needs and no longer finds.
     """
+    gone: list[ArtifactRef] = []
+    stay: list[tuple[ArtifactRef, list[str]]] = []
+    uploads: list[artifacts_pb2.CutOffUpload] = []
     with Client() as client:
-        stored = client.store.find()
-        garbage = unneeded(stored, _roots(client, keep_runs))
-        freed = sum(manifest.size_bytes for manifest in garbage)
-        for manifest in garbage:
-            if delete:
-                client.store.delete(manifest.ref)
+        for found in client.collect_garbage(delete=delete, keep_runs=keep_runs):
+            if found.HasField("upload"):
+                uploads.append(found.upload)
+                text = (
+                    f"{found.upload.place}  {human.size(found.upload.size_bytes)}, an upload that was cut off"
+                )
+            else:
+                ref, reasons = ref_of(found.artifact.ref), list(found.artifact.kept_for)
+                if reasons:
+                    stay.append((ref, reasons))
+                    continue
+                gone.append(ref)
+                text = f"{ref}  {human.size(ref.size_bytes)}"
             if not as_json:
-                mark(OK if delete else NOTE, f"{manifest.ref}  {human.size(manifest.size_bytes)}")
+                mark(OK if delete else NOTE, text)
+    freed = sum(ref.size_bytes for ref in gone) + sum(upload.size_bytes for upload in uploads)
     if as_json:
-        artifacts = [manifest.ref.to_json() for manifest in garbage]
-        print_json({"deleted": delete, "size_bytes": freed, "artifacts": artifacts})
-    elif not garbage:
-        line(f"Nothing to free: all {human.count(len(stored), 'artifact')} are needed.")
+        print_json(
+            {
+                "deleted": delete,
+                "size_bytes": freed,
+                "artifacts": [ref.to_json() for ref in gone],
+                "uploads": [{"place": each.place, "size_bytes": each.size_bytes} for each in uploads],
+                "kept": [{**ref.to_json(), "kept_for": reasons} for ref, reasons in stay],
+            }
+        )
+        return
+    if kept:
+        _show_kept(stay)
+    _conclude(len(gone), len(uploads), freed, len(stay), delete=delete)
+
+
+def _show_kept(stay: list[tuple[ArtifactRef, list[str]]]) -> None:
+    for ref, reasons in stay:
+        more = f", and {len(reasons) - _REASONS_SHOWN} more" if len(reasons) > _REASONS_SHOWN else ""
+        line(f"    {ref}  {human.size(ref.size_bytes)}, kept for {'; '.join(reasons[:_REASONS_SHOWN])}{more}")
+
+
+def _conclude(gone: int, uploads: int, freed: int, stay: int, *, delete: bool) -> None:
+    if not gone and not uploads:
+        line(
+            f"Nothing to free: all {human.count(stay, 'artifact')} are needed. "
+            "`web4lora gc --kept` says what for."
+        )
     elif delete:
         line(f"{human.size(freed)} freed.")
     else:
-        what = human.count(len(garbage), "artifact")
+        parts = [human.count(gone, "artifact")] if gone else []
+        parts += [human.count(uploads, "cut-off upload")] if uploads else []
         line(
-            f"{what}, {human.size(freed)}, would go; nothing is deleted yet. `web4lora gc --delete` deletes."
+            f"{' and '.join(parts)}, {human.size(freed)}, would go; nothing is deleted yet. "
+            "`web4lora gc --delete` deletes, `web4lora gc --kept` says what the rest is kept for."
         )
-
-
-def unneeded(stored: Iterable[Manifest], roots: Iterable[ArtifactRef]) -> list[Manifest]:
-    """Return the artifacts that no root needs, itself or as what it was made from; the young ones stay.
-
-    Args:
-        stored: Everything in the store.
-        roots: What must stay.
-    """
-    by_digest = {manifest.digest: manifest for manifest in stored}
-    needed: set[str] = set()
-    waiting = [ref.digest for ref in roots]
-    while waiting:
-        digest = waiting.pop()
-        if digest in needed:
-            continue
-        needed.add(digest)
-        if manifest := by_digest.get(digest):
-            waiting += [ref.digest for ref in manifest.inputs]
-    limit = time.time() - _YOUNG_SECONDS
-    return [
-        manifest
-        for digest, manifest in by_digest.items()
-        if digest not in needed and manifest.created_at < limit
-    ]
-
-
-def _roots(client: Client, keep_runs: int) -> Iterator[ArtifactRef]:
-    runs = client.list_runs()
-    for run in islice(runs, keep_runs):
-        yield from refs_in(run)
-    for run in runs:
-        if not ended(run):
-            yield from refs_in(run)
-    for deployment in client.deployments():
-        yield from refs_in(deployment)

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from web4lora.client import Client
-from web4lora.commands.following import step
+from web4lora.commands.follow_job import finish
+from web4lora.commands.follow_run import step
 from web4lora.commands.options import Json, examples
-from web4lora.commands.working import finish
 from web4lora.views import human
 from web4lora.views.console import OK, data_of, mark, print_json
 
@@ -49,7 +49,7 @@ def push(
     with Client() as client:
         job = client.push(name, reference, plain_http=plain_http)
         kept = "What has arrived is not sent again."
-        result = finish(client, job, quiet=as_json, kept=kept).push_result
+        result = finish(client, job, quiet=as_json, kept=kept).result.push
     if as_json:
         print_json(data_of(result))
         return

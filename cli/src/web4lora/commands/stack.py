@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from web4.lora.v1 import deployer_pb2, gateway_pb2
+from web4.lora.v1 import deployments_pb2, gateway_pb2
 from web4lora_chassis.errors import InvalidInput, Unavailable, Web4Error
 from web4lora_chassis.settings import ENV_FILE, Settings
 
 from web4lora import doctor as machine
-from web4lora.client import Client, ended
+from web4lora.client import UNENDED, Client
 from web4lora.commands.deployments import state_text
 from web4lora.commands.options import Json, examples
 from web4lora.home import command_name, load_settings, short
 from web4lora.stack import SERVICES, Stack
 from web4lora.views.console import BAD, NOTE, OK, data_of, line, mark, out, print_json
-from web4lora.views.stages import progress_text, run_state, stage_name
+from web4lora.views.stages import progress_text, queued_text, run_state, stage_name
 
 _WIDTH = 10
-_RUNS_SEEN = 50
 _LOOK_SECONDS = 1.0
 
 
@@ -167,7 +166,11 @@ def _services(stack: Stack, settings: Settings) -> list[dict[str, Any]]:
         try:
             with Client(settings) as client:
                 info = client.info()
-            gateway = {"version": info.version, "detail": f"artifacts in {info.store}"}
+            gateway = {
+                "version": info.version,
+                "detail": f"artifacts in {info.store}",
+                "warnings": list(info.warnings),
+            }
             known = {each.name: each for each in info.services}
         except Web4Error as error:
             gateway = {"serving": False, "detail": error.message}
@@ -181,12 +184,12 @@ def _services(stack: Stack, settings: Settings) -> list[dict[str, Any]]:
         else:
             row["serving"] = stack.serving(each)
         if not row["serving"] and not row["detail"]:
-            row["detail"] = _how_to_start(each.name)
+            row["detail"] = _start_hint(each.name)
         rows.append(row)
     return rows
 
 
-def _how_to_start(name: str) -> str:
+def _start_hint(name: str) -> str:
     """Say what to do about a service that does not answer, in containers or natively."""
     if not os.environ.get(ENV_FILE):
         return f"not running; `{command_name()} up` starts it"
@@ -196,17 +199,12 @@ def _how_to_start(name: str) -> str:
 
 
 def _runs_at_work(settings: Settings) -> list[gateway_pb2.Run]:
-    runs = []
     with suppress(Web4Error), Client(settings) as client:
-        for number, run in enumerate(client.list_runs()):
-            if number >= _RUNS_SEEN:
-                break
-            if not ended(run):
-                runs.append(run)
-    return runs
+        return list(client.list_runs(states=UNENDED))
+    return []
 
 
-def _deployments(settings: Settings) -> list[deployer_pb2.Deployment]:
+def _deployments(settings: Settings) -> list[deployments_pb2.Deployment]:
     with suppress(Web4Error), Client(settings) as client:
         return client.deployments()
     return []
@@ -216,16 +214,21 @@ def _show_status(
     settings: Settings,
     services: list[dict[str, Any]],
     runs: list[gateway_pb2.Run],
-    deployments: list[deployer_pb2.Deployment],
+    deployments: list[deployments_pb2.Deployment],
 ) -> None:
     for row in services:
         text = f"{row['name']:<{_WIDTH}} {row['address']:<16} {row['version']:<7} {row['detail']}"
         mark(OK if row["serving"] else BAD, text.rstrip())
         if not row["serving"] and (log := settings.home / "logs" / f"{row['name']}.log").exists():
             line(f"               its log: {short(log)}", style="dim")
+        for warning in row.get("warnings", ()):
+            mark(NOTE, f"{'':<{_WIDTH}} {warning}")
     for run in runs:
         at_work = [stage for stage in run.stages if stage.state == gateway_pb2.STAGE_STATE_RUNNING]
+        queued = [stage for stage in run.stages if stage.state == gateway_pb2.STAGE_STATE_QUEUED]
         text = f"{stage_name(at_work[0])} {progress_text(at_work[0].progress)}" if at_work else run_state(run)
+        if queued:
+            text = f"{run_state(run)}: {stage_name(queued[0])}, {queued_text(queued[0])}"
         line(f"    run        {run.id} · {run.pipeline.name} · {text}")
     for each in deployments:
         line(f"    deployed   {each.id} · {state_text(each)} · {each.target} · {each.endpoint}")

@@ -13,8 +13,8 @@ from rich.console import Console
 from web4lora_chassis.errors import Web4Error
 
 _PIPE_WIDTH = 140
-OK, BAD, NOTE = "✓", "✗", "!"
-STYLES = {OK: "green", BAD: "red", NOTE: "yellow"}
+OK, BAD, NOTE, OPEN = "✓", "✗", "!", "?"
+STYLES = {OK: "green", BAD: "red", NOTE: "yellow", OPEN: "yellow"}
 
 
 def _console(*, to_stderr: bool = False) -> Console:

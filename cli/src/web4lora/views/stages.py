@@ -8,7 +8,7 @@ from web4.lora.v1 import deployer_pb2, gateway_pb2, jobs_pb2, packager_pb2, trai
 
 from web4lora.home import short
 from web4lora.views import human
-from web4lora.views.console import BAD, OK
+from web4lora.views.console import BAD, NOTE, OK
 
 _FIGURES = {
     "loss": ("loss {}", human.loss),
@@ -24,11 +24,6 @@ def stage_name(stage: gateway_pb2.Stage) -> str:
     return gateway_pb2.StageName.Name(stage.name).removeprefix("STAGE_NAME_").lower()
 
 
-def stage_state(stage: gateway_pb2.Stage) -> str:
-    """Return a stage's state as people write it."""
-    return gateway_pb2.StageState.Name(stage.state).removeprefix("STAGE_STATE_").lower()
-
-
 def run_state(run: gateway_pb2.Run) -> str:
     """Return a run's state as people write it."""
     return gateway_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
@@ -37,6 +32,11 @@ def run_state(run: gateway_pb2.Run) -> str:
 def seconds_of(stage: gateway_pb2.Stage) -> float:
     """Return how long a stage took, or has taken until now."""
     return human.elapsed(stage.start_time, stage.end_time)
+
+
+def queued_text(stage: gateway_pb2.Stage) -> str:
+    """Return what a queued stage waits for: `waiting for the trainer, 2 runs ahead, about 14 min`."""
+    return stage.progress.message or "waiting its turn"
 
 
 def progress_text(progress: jobs_pb2.Progress) -> str:
@@ -59,7 +59,7 @@ def result_lines(stage: gateway_pb2.Stage) -> list[str]:
     if kind == "package_result":
         return _packaged(stage.package_result)
     if kind == "deploy_result":
-        return [_deployed(stage.deploy_result)]
+        return [_deployed(stage.deploy_result), *passed_over(stage.deploy_result)]
     if kind == "verify_result":
         return [verified(stage.verify_result)]
     if kind == "promote_result":
@@ -98,8 +98,8 @@ def _in_order(progress: jobs_pb2.Progress) -> list[str]:
 
 def _figure(name: str, value: float) -> str:
     if name in _FIGURES:
-        form, write = _FIGURES[name]
-        return form.format(write(value))
+        pattern, write = _FIGURES[name]
+        return pattern.format(write(value))
     plain = name.removesuffix("_bytes").replace("_", " ")
     return f"{plain} {human.size(value) if name.endswith('_bytes') else human.number(value)}"
 
@@ -112,11 +112,13 @@ def _prepared(result: trainer_pb2.PrepareResult) -> list[str]:
     parts = [
         rows,
         f"{data.eval_rows:,} held out",
+        *([f"{human.count(data.answers, 'answer')} trained"] if data.answers else []),
         f"{data.tokens:,} tokens, {data.trained_tokens:,} trained",
         f"{data.rows_too_long:,} too long",
     ]
     if estimate.peak_memory_bytes:
-        parts.append(f"needs about {human.size(estimate.peak_memory_bytes)} of memory")
+        how = "measured" if estimate.rehearsed else "computed"
+        parts.append(f"needs about {human.size(estimate.peak_memory_bytes)} of memory, {how}")
     if estimate.seconds:
         parts.append(f"about {human.about(estimate.seconds)} to train")
     if result.device:
@@ -124,7 +126,7 @@ def _prepared(result: trainer_pb2.PrepareResult) -> list[str]:
     shown = [f"! {warning}" for warning in data.warnings[:3]]
     if len(data.warnings) > len(shown):
         shown.append(f"! … and {len(data.warnings) - len(shown)} more warnings: `web4lora dataset check`")
-    return [" · ".join(parts), *shown]
+    return [" · ".join(parts), *([result.compared] if result.compared else []), *shown]
 
 
 def _trained(result: trainer_pb2.TrainResult) -> list[str]:
@@ -134,7 +136,8 @@ def _trained(result: trainer_pb2.TrainResult) -> list[str]:
     parts.append(f"{result.tokens_per_second:,.0f} tokens/s")
     if result.peak_memory_bytes:
         parts.append(f"{human.size(result.peak_memory_bytes)} of memory")
-    return [" · ".join(parts), *([result.verdict] if result.verdict else [])]
+    shown = [f"! {event}" for event in result.events]
+    return [" · ".join(parts), *([result.verdict] if result.verdict else []), *shown]
 
 
 def _packaged(result: packager_pb2.PackageResult) -> list[str]:
@@ -148,12 +151,18 @@ def _packaged(result: packager_pb2.PackageResult) -> list[str]:
         parts.append(f"adapter {human.size(result.adapter_gguf.size_bytes)} {OK}")
         parts.append(f"base {result.adapter_base.type} {human.size(result.adapter_base.size_bytes)} {OK}")
     parts.append(f"loads {OK if all(file.loads for file in files) else BAD}")
-    return ["  ".join([*parts, f"checksums {OK}"])]
+    contents = [f"{file.type}: {file.contents}" for file in result.quantized if file.contents]
+    return ["  ".join([*parts, f"checksums {OK}"]), *contents]
 
 
 def _deployed(result: deployer_pb2.DeployResult) -> str:
     deployment = result.deployment
     return f"{deployment.id} on {deployment.target}, {deployment.endpoint}"
+
+
+def passed_over(result: deployer_pb2.DeployResult) -> list[str]:
+    """Return a line for each runtime that could not serve the model on this machine and was passed over."""
+    return [f"{NOTE} not on {said.splitlines()[0]}" for said in result.passed_over if said]
 
 
 def verified(result: deployer_pb2.VerifyResult, against: str = "") -> str:

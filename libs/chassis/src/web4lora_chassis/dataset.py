@@ -1,97 +1,46 @@
 """The form of chat data: JSON Lines with `messages`, read and checked before anything is loaded.
 
-The command checks files before they travel and the trainer before it trains, by the same rules. A row:
+The command checks files before they travel, the trainer before it trains, and the packager reads its
+calibration text, all by this one reader. A row:
 
     {"id": "tool-0001", "core": "tool", "messages": [{"role": "user", "content": "…"}, …]}
 
-`id` and `core` may be absent; other keys are the graders' business and left alone.
+`id` and `core` may be absent; what other keys there may be says `dataset_row`, what other forms
+`dataset_formats`.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from web4lora_chassis.errors import InvalidInput, NotFound
+from web4lora_chassis.dataset_formats import MESSAGES
+from web4lora_chassis.dataset_row import ROLES, Message, Row, read_row
+from web4lora_chassis.errors import InvalidInput
+from web4lora_chassis.jsonl import Problem, quoted, read_lines
 
-ROLES = ("system", "user", "assistant")
+__all__ = [
+    "PROBLEMS_SHOWN",
+    "ROLES",
+    "Dataset",
+    "Message",
+    "Problem",
+    "Row",
+    "check_rows",
+    "leaks",
+    "problem_lines",
+    "problems_error",
+    "read_dataset",
+    "repetitions",
+    "source_formats",
+]
+
 PROBLEMS_SHOWN = 20
-_MAX_LINE_BYTES = 4 << 20
+_LINES_NAMED = 3
 _WARNINGS_SHOWN = 50
-_OTHER_FORMS = {
-    "conversations": 'rename it to "messages", "from" to "role" and "value" to "content"',
-    "prompt": 'put the prompt into a "user" message and the completion into an "assistant" one',
-    "instruction": 'put instruction and input into a "user" message, the output into an "assistant" one',
-    "text": 'split it into "user" and "assistant" messages: only answers are trained on',
-}
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: One of `ROLES`.
-        content: Its text, never blank.
-    """
-
-    role: str
-    content: str
-
-    def to_json(self) -> dict[str, str]:
-        """Return it as chat templates take it."""
-        return {"role": self.role, "content": self.content}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation.
-
-    Attributes:
-        file: The file it came from, as the caller names it.
-        line: Its line, from 1.
-        id: The row's own id, or empty.
-        core: Which skill it teaches, or empty.
-        messages: Optional system, then user and assistant in turn; the last is the assistant's.
-    """
-
-    file: str
-    line: int
-    id: str
-    core: str
-    messages: tuple[Message, ...]
-
-    @property
-    def place(self) -> str:
-        """`file:line`."""
-        return f"{self.file}:{self.line}"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with a row.
-
-    Attributes:
-        file: The file, as the caller names it.
-        line: The line, from 1; 0 for the file as a whole.
-        message: What is wrong.
-        fix: What to do about it.
-    """
-
-    file: str
-    line: int
-    message: str
-    fix: str
-
-    def __str__(self) -> str:
-        """Return `file:line: message; fix`."""
-        place = f"{self.file}:{self.line}" if self.line else self.file
-        return f"{place}: {self.message}; {self.fix}"
+_FIX_ROWS = "Correct the rows, or keep the good ones: `web4lora dataset check FILE --drop GOOD_FILE`."
 
 
 @dataclass(frozen=True)
@@ -162,62 +111,72 @@ def check_rows(path: Path, name: str = "", ids: dict[str, str] | None = None) ->
     """
     name = name or str(path)
     ids = {} if ids is None else ids
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(_MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > _MAX_LINE_BYTES:
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(_MAX_LINE_BYTES)
-                    yield Problem(name, number, "the line is longer than 4 MiB", "shorten or split the row")
-                    continue
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    yield _unique(_read_row(line, name, number), ids)
-    except OSError as error:
-        raise NotFound(
-            f"{name} can't be read: {error.strerror}.", fix="Name a readable file.", metadata={"file": name}
-        ) from error
+    for item in read_lines(path, name):
+        yield item if isinstance(item, Problem) else _unique(read_row(item[1], name, item[0]), ids)
 
 
-def problems_error(problems: Sequence[Problem], consequence: str) -> InvalidInput:
-    """Return the error that tells of bad rows: the first 20, then the count.
+def problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """Return problems as lines; what is wrong with many rows in the same way is one line.
+
+    A thousand rows with one odd key are one thing to mend: the first place is named in full, a few more by
+    their line numbers.
+    """
+    alike: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault((problem.file, problem.message, problem.fix), []).append(problem)
+    lines = []
+    for same in alike.values():
+        also = ", ".join(str(problem.line) for problem in same[1 : 1 + _LINES_NAMED])
+        more = f" and {len(same) - 1 - _LINES_NAMED} more" if len(same) > 1 + _LINES_NAMED else ""
+        lines.append(f"{same[0]}" + (f" (also line {also}{more})" if also else ""))
+    return lines
+
+
+def problems_error(problems: Sequence[Problem], consequence: str, fix: str = _FIX_ROWS) -> InvalidInput:
+    """Return the error that tells of bad rows: the first 20 kinds, then the count.
 
     Args:
         problems: At least one.
         consequence: What was not done because of them: "Nothing was trained."
+        fix: What to do about all of them.
     """
-    lines = [str(problem) for problem in problems[:PROBLEMS_SHOWN]]
-    if len(problems) > PROBLEMS_SHOWN:
-        lines.append(f"… and {len(problems) - PROBLEMS_SHOWN} more")
+    lines = problem_lines(problems)
+    shown = lines[:PROBLEMS_SHOWN]
+    if len(lines) > PROBLEMS_SHOWN:
+        shown.append(f"… and {len(lines) - PROBLEMS_SHOWN} more")
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return InvalidInput(
-        "\n".join(lines) + f"\n{count} in the dataset. {consequence}",
-        fix="Correct the rows, or keep the good ones: `web4lora dataset check FILE --drop GOOD_FILE`.",
+        "\n".join(shown) + f"\n{count} in the dataset. {consequence}",
+        fix=fix,
         reason="DATASET_INVALID",
         metadata={"problems": len(problems)},
     )
 
 
-def repetitions(train: Iterable[Row], held_out: Iterable[Row]) -> Iterator[Problem]:
-    """Yield what stops nothing but deserves a look: rows with the same user text.
+def repetitions(train: Iterable[Row]) -> Iterator[Problem]:
+    """Yield what stops nothing but deserves a look: rows to train on with the same user text."""
+    seen: dict[str, Row] = {}
+    for row in train:
+        if first := seen.get(row.question):
+            same = " and the same answer" if first.messages == row.messages else ""
+            yield Problem(
+                row.file, row.line, f"the same user text{same} as {first.place}", "one of them may be enough"
+            )
+        seen.setdefault(row.question, row)
+
+
+def leaks(train: Iterable[Row], held_out: Iterable[Row]) -> Iterator[Problem]:
+    """Yield the held-out rows whose user text is trained on: a score on them measures nothing.
 
     Args:
         train: Rows to train on.
         held_out: Rows that are never trained on.
     """
-    seen: dict[tuple[str, ...], Row] = {}
+    seen: dict[str, Row] = {}
     for row in train:
-        if first := seen.get(_question(row)):
-            same = " and the same answer" if first.messages == row.messages else ""
-            yield Problem(
-                row.file, row.line, f"the same user text{same} as {first.place}", "one of them may be enough"
-            )
-        seen.setdefault(_question(row), row)
+        seen.setdefault(row.question, row)
     for row in held_out:
-        if first := seen.get(_question(row)):
+        if first := seen.get(row.question):
             yield Problem(
                 row.file,
                 row.line,
@@ -226,12 +185,17 @@ def repetitions(train: Iterable[Row], held_out: Iterable[Row]) -> Iterator[Probl
             )
 
 
-def _question(row: Row) -> tuple[str, ...]:
-    return tuple(message.content.strip() for message in row.messages if message.role == "user")
+def source_formats(rows: Iterable[Row]) -> Iterator[str]:
+    """Yield a line for each file whose rows, or some of them, were in another form than `messages`."""
+    counts = Counter((row.file, row.source_format) for row in rows if row.source_format != MESSAGES)
+    for (file, name), count in sorted(counts.items()):
+        rows_are = "1 row is" if count == 1 else f"{count:,} rows are"
+        yield f"{file}: {rows_are} in the form of {name}, read as messages"
 
 
-def _warnings(train: Iterable[Row], held_out: Iterable[Row]) -> Iterator[str]:
-    found = list(repetitions(train, held_out))
+def _warnings(train: Sequence[Row], held_out: Sequence[Row]) -> Iterator[str]:
+    yield from source_formats([*train, *held_out])
+    found = [*leaks(train, held_out), *repetitions(train)]
     yield from map(str, found[:_WARNINGS_SHOWN])
     if len(found) > _WARNINGS_SHOWN:
         yield f"… and {len(found) - _WARNINGS_SHOWN} more of this kind"
@@ -243,85 +207,10 @@ def _unique(item: Row | Problem, ids: dict[str, str]) -> Row | Problem:
         return item
     if item.id in ids:
         return Problem(
-            item.file, item.line, f'the id "{item.id}" was used at {ids[item.id]}', "give each row its own id"
+            item.file,
+            item.line,
+            f"the id {quoted(item.id)} was used at {ids[item.id]}",
+            "give each row its own id",
         )
     ids[item.id] = item.place
     return item
-
-
-def _read_row(line: bytes, name: str, number: int) -> Row | Problem:
-    """Return the row that a line holds, or the first thing that is wrong with it."""
-
-    def problem(message: str, fix: str) -> Problem:
-        return Problem(name, number, message, fix)
-
-    try:
-        data = json.loads(line.decode("utf-8").rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        return problem(f"not UTF-8 at byte {error.start + 1}", "save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        return problem(f"not JSON at column {error.colno}: {error.msg}", "write one JSON object on the line")
-    except RecursionError:
-        return problem("nested too deeply", 'write {"messages": [...]} only')
-    if not isinstance(data, dict):
-        return problem(f"{_kind(data)}, not an object", 'write {"messages": [...]}')
-    for key in ("id", "core"):
-        if not isinstance(data.get(key, ""), str):
-            return problem(f'"{key}" is {_kind(data[key])}, not text', "quote it, or leave it out")
-        if _unprintable(data.get(key, "")):
-            return problem(f'"{key}" holds a NUL or half a character (a lone surrogate)', "remove it")
-    if "messages" not in data:
-        for key, fix in _OTHER_FORMS.items():
-            if key in data:
-                return problem(f'there is "{key}" where "messages" is needed', fix)
-    messages = data.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return problem(
-            '"messages" is missing, empty or not a list',
-            'add "messages": [{"role": "user", "content": "…"}, …]',
-        )
-    turns: list[Message] = []
-    for entry in messages:
-        if wrong := _message_problem(entry, turns):
-            return problem(*wrong)
-        turns.append(Message(entry["role"], entry["content"]))
-    if turns[-1].role != "assistant":
-        return problem(
-            f'the last message is from "{turns[-1].role}"', 'training needs an answer from "assistant" last'
-        )
-    return Row(name, number, data.get("id", ""), data.get("core", ""), tuple(turns))
-
-
-def _message_problem(entry: Any, before: Sequence[Message]) -> tuple[str, str] | None:
-    """Say what is wrong with a turn, if anything, and what to do."""
-    place = f"message {len(before) + 1}"
-    if not isinstance(entry, dict) or not isinstance(entry.get("role"), str):
-        return f'{place} has no "role"', 'write {"role": "user", "content": "…"}'
-    role, content = entry["role"], entry.get("content")
-    if role not in ROLES:
-        return f"{place} has the role {json.dumps(role)}", f"use one of {', '.join(ROLES)}"
-    if entry.get("tool_calls"):
-        return f'{place} has "tool_calls", which are not trained on', 'write the call as text into "content"'
-    if not isinstance(content, str) or not content.strip():
-        return f'{place}, from "{role}", has no text', 'give "content" some text, or drop the row'
-    if _unprintable(content):
-        return f"{place} holds a NUL or half a character (a lone surrogate)", "remove it"
-    if role == "system" and before:
-        return f'{place} is from "system"', "put the one system message first"
-    previous = before[-1].role if before else ""
-    if role == "assistant" and previous != "user":
-        return f'{place}, from "assistant", follows no user', "let user and assistant take turns"
-    if role == "user" and previous == "user":
-        return f"{place} is a second user message in a row", "let user and assistant take turns"
-    return None
-
-
-def _unprintable(text: str) -> bool:
-    """True when neither a tokenizer nor the contract could take the text."""
-    return "\x00" in text or any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def _kind(value: Any) -> str:
-    """Name a JSON value's type for people."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -2,18 +2,54 @@
 
 `web4lora_chassis.rpc.errors` maps them to gRPC status codes and back, so an error raised in a worker
 reaches a client as the same class.
+
+    Web4Error
+    ├── of what was asked for, and stays wrong until it is asked for otherwise
+    │   ├── InvalidInput        a value, a file or a row is wrong
+    │   ├── NotFound            there is no such thing
+    │   ├── AlreadyExists       the name or key is taken
+    │   ├── Unauthenticated     no valid token
+    │   └── PermissionDenied    a valid one that does not allow this
+    ├── of the state of things, and right once that is changed
+    │   ├── FailedPrecondition  something must be done first
+    │   ├── ResourceExhausted   memory, disk or another limit
+    │   │   └── OutOfMemory     while working
+    │   └── DataLoss            bytes are not what their digest says
+    ├── of the moment, and gone at another one
+    │   ├── Unavailable         out of reach or busy: trying again may help
+    │   └── Cancelled           ended on request
+    └── Internal                a defect of ours
 """
 
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Write what a file or a caller says so that it fits into a line of an error: quoted, and shortened."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; data nested too deeply
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _printable(text: str) -> str:
+    """Return a text that terminals, logs and gRPC take, whatever came into it from outside."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
 
 class Web4Error(Exception):
     """The root: an error meant for people.
+
+    Its texts can be printed and sent: control signs and halves of surrogate pairs are written as escapes.
 
     Attributes:
         message: What went wrong, and where.
@@ -32,11 +68,13 @@ class Web4Error(Exception):
         reason: str = "",
         metadata: Mapping[str, object] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.fix = fix
+        self.message = _printable(message)
+        self.fix = _printable(fix)
+        super().__init__(self.message)
         self.reason = reason or self.default_reason
-        self.metadata: dict[str, str] = {key: str(value) for key, value in (metadata or {}).items()}
+        self.metadata: dict[str, str] = {
+            key: _printable(str(value)) for key, value in (metadata or {}).items()
+        }
 
     def __str__(self) -> str:
         """Return the message and, on a line of its own, the fix."""
@@ -95,6 +133,12 @@ class Unauthenticated(Web4Error):
     """The caller showed no valid token."""
 
     default_reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(Web4Error):
+    """The caller is known, and may not do this."""
+
+    default_reason = "PERMISSION_DENIED"
 
 
 class Cancelled(Web4Error):

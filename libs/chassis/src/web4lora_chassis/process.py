@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,26 @@ from typing import IO
 
 import psutil
 
-from web4lora_chassis.errors import FailedPrecondition, Internal
+from web4lora_chassis.environment import environment
+from web4lora_chassis.errors import FailedPrecondition, Internal, OutOfMemory, Web4Error
 
 log = logging.getLogger(__name__)
+
+CRASHED = "PROGRAM_CRASHED"
+"""Reason of errors of a program that crashed: trying the same again changes nothing."""
+
+_INSTRUCTIONS = (
+    "most likely it was compiled for instructions that this machine's processor or kernel doesn't take"
+)
+_GUESSES = {
+    signal.SIGILL: _INSTRUCTIONS,
+    signal.SIGSEGV: _INSTRUCTIONS,
+    signal.SIGBUS: _INSTRUCTIONS,
+    signal.SIGFPE: _INSTRUCTIONS,
+    signal.SIGABRT: "it gave up at a check of its own",
+    signal.SIGKILL: "most likely because memory ran out",
+}
+_SHELL_SIGNAL = 128
 
 
 def start(
@@ -32,7 +50,7 @@ def start(
     Args:
         command: The program and its arguments.
         cwd: Its working folder.
-        env: Its whole environment; ours when absent.
+        env: Its whole environment; when absent ours without secrets and settings, see `environment`.
         stdin: As for `subprocess.Popen`.
         stdout: As for `subprocess.Popen`.
         stderr: As for `subprocess.Popen`.
@@ -48,7 +66,13 @@ def start(
     log.info("run %s", shlex.join(words))
     try:
         return subprocess.Popen(
-            words, cwd=cwd, env=env, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=new_session
+            words,
+            cwd=cwd,
+            env=environment() if env is None else env,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=new_session,
         )
     except OSError as error:
         if cwd is not None and not cwd.is_dir():
@@ -75,7 +99,7 @@ def run(
     Args:
         command: The program and its arguments.
         cwd: Its working folder.
-        env: Its whole environment; ours when absent.
+        env: Its whole environment; when absent ours without secrets and settings, see `environment`.
         timeout_seconds: It is killed after this long.
 
     Returns:
@@ -100,8 +124,56 @@ def run(
     text = output.decode("utf-8", errors="replace")
     if process.returncode != 0:
         tail = "\n".join(text.strip().splitlines()[-12:])
-        raise Internal(f"{name} failed with exit code {process.returncode}:\n{tail}", reason="PROGRAM_FAILED")
+        raise failure(name, process.returncode, f":\n{tail}")
     return text
+
+
+def ending(code: int) -> str:
+    """Say in words how a program ended that did not succeed, to go on after its name.
+
+    Args:
+        code: What `subprocess` calls its return code: negative for a signal. A shell or an interpreter that
+            passes on how its own child ended adds the signal to 128.
+
+    Returns:
+        For example "failed with exit code 3", or "was killed by SIGKILL, most likely because memory ran out".
+    """
+    number = _signal_of(code)
+    if number is None:
+        return f"failed with exit code {code}"
+    words = f"was killed by {number.name}" if code < 0 else f"failed with exit code {code} ({number.name})"
+    return f"{words}, {_GUESSES[number]}" if number in _GUESSES else words
+
+
+def failure(
+    name: str, code: int, said: str = "", *, fix: str = "", reason: str = "PROGRAM_FAILED"
+) -> Web4Error:
+    """Return the error of a program that ended with a code other than 0.
+
+    Args:
+        name: The program, and perhaps what it was doing.
+        code: See `ending`.
+        said: What it printed last, appended to the message.
+        fix: What to do about it.
+        reason: Unless it was killed by a signal that tells more: OUT_OF_MEMORY, `CRASHED`.
+    """
+    number = _signal_of(code)
+    words = f"{name} {ending(code)}"
+    if number is signal.SIGKILL:
+        return OutOfMemory(f"{words}{said or '.'}", fix=fix)
+    if number in _GUESSES:
+        hint = "The same again would most likely crash again."
+        return FailedPrecondition(f"{words}{said or '.'}", fix=f"{hint} {fix}".strip(), reason=CRASHED)
+    return Internal(f"{words}{said or '.'}", fix=fix, reason=reason)
+
+
+def _signal_of(code: int) -> signal.Signals | None:
+    """Return the signal that ended a program, or the child that it tells of."""
+    number = -code if code < 0 else code - _SHELL_SIGNAL
+    try:
+        return signal.Signals(number) if number > 0 else None
+    except ValueError:
+        return None
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 
@@ -44,6 +45,7 @@ def main() -> int:
     build.add_argument("--portable", action="store_true", help="for images: fits other processors too")
     commands.add_parser("path", help="print the folder of its tools; fails when it is not built")
     arguments = parser.parse_args()
+    logging.basicConfig(handlers=[logging.NullHandler()])  # the lines of progress say it already
     try:
         cache = load(Settings).cache
         if arguments.command == "path":
@@ -58,8 +60,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Stopped; the next build goes on from here.", file=sys.stderr)  # noqa: T201
         return 130
-    how = "cached" if llama.found else f"built in {time.monotonic() - started:.0f} s"
-    print(f"llama.cpp {llama.version} ({how}): {llama.bin}")  # noqa: T201
+    origin = "cached" if llama.found else f"built in {time.monotonic() - started:.0f} s"
+    print(f"llama.cpp {llama.version} ({origin}): {llama.bin}")  # noqa: T201
     return 0
 
 

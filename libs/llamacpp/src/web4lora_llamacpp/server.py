@@ -27,6 +27,7 @@ from web4lora_chassis.errors import (
 )
 
 from web4lora_llamacpp import guard
+from web4lora_llamacpp.converter import environment
 from web4lora_llamacpp.tools import LlamaCpp
 
 _LISTENING = re.compile(rb"listening on (http://\S+)")
@@ -125,7 +126,12 @@ class LlamaServer:
         with self._log_file.open("ab") as log:
             self._log_start = log.tell()
             self._base = ""
-            self._process = process.start(self._command(), stdin=subprocess.PIPE, stdout=log)
+            self._process = process.start(
+                self._command(),
+                env=environment(self._log_file.parent),
+                stdin=subprocess.PIPE,
+                stdout=log,
+            )
 
     def wait_ready(self, timeout_seconds: float) -> None:
         """Wait until the model is loaded and requests are answered.
@@ -196,6 +202,22 @@ class LlamaServer:
     def alive(self) -> bool:
         """True while the process runs."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def ending(self) -> str:
+        """How it ended by itself, in words that go on after its name."""
+        code = self._process.poll() if self._process is not None else None
+        if not code:
+            return "ended by itself"
+        return process.ending(code)
+
+    def failure(self) -> Web4Error | None:
+        """Return the error of a server that has crashed since it was ready; None while it runs."""
+        try:
+            code = self._process.wait(_STOP_GRACE_SECONDS) if self._process is not None else 0
+        except subprocess.TimeoutExpired:
+            return None
+        return process.failure("llama-server", code) if code else None
 
     def stop(self) -> None:
         """Ask it to end, then kill it. Does nothing when it has ended or was never started."""
@@ -289,7 +311,7 @@ class LlamaServer:
             )
         if code == -signal.SIGKILL or any(sign in low for sign in _MEMORY):
             return OutOfMemory(
-                f"Memory ran out while llama-server loaded {name}.",
+                f"Memory ran out while llama-server loaded {name}: it {process.ending(code)}.",
                 fix="Use a smaller quantization, context_tokens or parallel, or close other programs.",
             )
         if any(sign in low for sign in _MODEL):
@@ -298,8 +320,16 @@ class LlamaServer:
                 f"llama-server can't load {name}: {why}", fix=log, reason="MODEL_NOT_LOADABLE"
             )
         tail = "\n  ".join(lines[-8:])
-        return Internal(
-            f"llama-server ended with exit code {code} while loading {name}:\n  {tail}",
-            fix=log,
+        if code == 0:
+            return Internal(
+                f"llama-server ended by itself while loading {name}:\n  {tail}",
+                fix=log,
+                reason="LLAMA_SERVER_DIED",
+            )
+        return process.failure(
+            f"llama-server, loading {name},",
+            code,
+            f":\n  {tail}",
+            fix=f"`web4lora doctor` says how llama.cpp does on this machine. {log}",
             reason="LLAMA_SERVER_DIED",
         )

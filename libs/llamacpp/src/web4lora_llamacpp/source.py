@@ -5,6 +5,7 @@ The sdist of `llama-cpp-python` carries llama.cpp whole, converter included; not
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from typing import IO, cast
 
 from web4lora_chassis import process
 from web4lora_chassis.artifacts import hash_file
+from web4lora_chassis.environment import environment
 from web4lora_chassis.errors import DataLoss, FailedPrecondition, Internal, Unavailable
 from web4lora_chassis.jobs import Progress
 
@@ -25,6 +27,8 @@ Report = Callable[[Progress], None]
 
 SDIST_VARIABLE = "WEB4LORA_LLAMA_CPP_SDIST"
 """Names an sdist that is on disk already: the file, or a folder that holds it."""
+SOURCE_VARIABLE = "WEB4LORA_LLAMA_CPP_SOURCE"
+"""Names the source that WEB4LORA_LLAMA_CPP's binaries were built from; the cache's own when unset."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,28 @@ def source_folder(root: Path) -> Path:
     return root / f"source-{SDIST.sha256[:12]}"
 
 
+def find_source(root: Path, report: Report) -> Path:
+    """Return the source that WEB4LORA_LLAMA_CPP_SOURCE names, else that in the cache; see `ensure_source`.
+
+    Raises:
+        FailedPrecondition: There is no converter in the folder that the variable names.
+    """
+    given = os.environ.get(SOURCE_VARIABLE)
+    if not given:
+        root.mkdir(parents=True, exist_ok=True)
+        return ensure_source(root, report)
+    if not (Path(given) / _CONVERTER).is_file():
+        raise FailedPrecondition(
+            f"{SOURCE_VARIABLE}: {given} has no {_CONVERTER}.",
+            fix=f"Name llama.cpp's source, or unset {SOURCE_VARIABLE}.",
+        )
+    return Path(given)
+
+
 def ensure_source(root: Path, report: Report) -> Path:
     """Return the folder of llama.cpp's source, fetched and unpacked when it is not there yet.
+
+    Safe to call from several processes: one fetches, the others wait.
 
     Args:
         root: llama.cpp's folder in the cache.
@@ -81,7 +105,13 @@ def ensure_source(root: Path, report: Report) -> Path:
     target = source_folder(root)
     if (target / _CONVERTER).is_file():
         return target
-    with tempfile.TemporaryDirectory(prefix="source-", dir=root) as folder:
+    with (
+        (root / "source.lock").open("w") as lock,
+        tempfile.TemporaryDirectory(prefix="source-", dir=root) as folder,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel frees it when we die
+        if (target / _CONVERTER).is_file():  # another process was faster
+            return target
         archive = _given() or _download(Path(folder), report)
         actual = hash_file(archive)
         if actual != SDIST.sha256:
@@ -125,7 +155,8 @@ def _download(folder: Path, report: Report) -> Path:
         "--requirement", requirements, "--dest", folder,
     ]  # fmt: skip
     # A constraints file would have to hold hashes too.
-    env = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+    env = environment("PIP_*")
+    env.pop("PIP_CONSTRAINT", None)
     try:
         process.run(command, env=env, timeout_seconds=_DOWNLOAD_TIMEOUT_SECONDS)
     except Internal as error:

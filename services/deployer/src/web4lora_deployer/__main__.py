@@ -3,45 +3,64 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
+from collections.abc import AsyncIterator
 
-from web4.lora.v1 import deployer_pb2, deployer_pb2_grpc
+from web4.lora.v1 import deployer_pb2_grpc, deployments_pb2_grpc
 from web4lora_chassis.errors import Web4Error
 from web4lora_chassis.jobs import JobRunner
-from web4lora_chassis.rpc import JobApi, Registration, serve
-from web4lora_chassis.settings import load
+from web4lora_chassis.rpc import Registration, Worker, worker_process
 
-from web4lora_deployer import promotion
-from web4lora_deployer.deployments import Deployments
-from web4lora_deployer.guard import Guard
+from web4lora_deployer.records.deployments import Deployments
 from web4lora_deployer.runtimes import open_runtime
-from web4lora_deployer.service import DeployerService, check
+from web4lora_deployer.runtimes.llama_server_supervisor import Supervisor
+from web4lora_deployer.service import DeployerService, DeploymentService
+from web4lora_deployer.serving import promotion
+from web4lora_deployer.serving.guard import Guard
 from web4lora_deployer.settings import DeployerSettings
-from web4lora_deployer.supervisor import Supervisor
+from web4lora_deployer.specs import checks
 
 log = logging.getLogger(__name__)
 
 
-async def run(settings: DeployerSettings) -> None:
-    """Serve until a signal: deployments first, so that a job that goes on finds them cared for."""
+def deployer(settings: DeployerSettings) -> Worker:
+    """Return the deployer as its process serves it."""
+    return Worker(
+        "deployer",
+        settings.deployer_address,
+        [
+            Registration(
+                "web4.lora.v1.DeployerService",
+                deployer_pb2_grpc.add_DeployerServiceServicer_to_server,
+                DeployerService(settings),
+            ),
+            Registration(
+                "web4.lora.v1.DeploymentService",
+                deployments_pb2_grpc.add_DeploymentServiceServicer_to_server,
+                DeploymentService(settings),
+            ),
+        ],
+        JobRunner(
+            settings.deployer_home / "jobs", "web4lora_deployer.worker", attempts=settings.job_attempts
+        ),
+        checks(settings),
+        beside=_care(settings),
+    )
+
+
+@contextlib.asynccontextmanager
+async def _care(settings: DeployerSettings) -> AsyncIterator[None]:
+    """Care for the deployments while the deployer serves: a job that goes on finds them cared for."""
     supervisor = Supervisor(settings)
     guard = Guard(settings)
-    runner = JobRunner(settings.deployer_home / "jobs", "web4lora_deployer.worker")
-    jobs = JobApi(runner, deployer_pb2.DeployerJob, check)
-    registration = Registration(
-        deployer_pb2.DESCRIPTOR.services_by_name["DeployerService"].full_name,
-        deployer_pb2_grpc.add_DeployerServiceServicer_to_server,
-        DeployerService(jobs, settings),
-    )
     supervisor.start()
     guard.start()
     restoring = asyncio.create_task(asyncio.to_thread(_restore, settings))
-    await runner.start()
     try:
-        await serve(settings.deployer_address, [registration], settings)
+        yield
     finally:
-        await runner.stop()
         await asyncio.to_thread(guard.stop)
         await asyncio.to_thread(supervisor.stop)
         await restoring
@@ -59,17 +78,5 @@ def _restore(settings: DeployerSettings) -> None:
             log.warning("restoring %s: %s", record.id, error)
 
 
-def main() -> int:
-    """Read the settings and serve."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        asyncio.run(run(load(DeployerSettings)))
-    except Web4Error as error:
-        print(error, file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(worker_process("deployer", DeployerSettings, deployer))

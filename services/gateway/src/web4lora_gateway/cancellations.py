@@ -9,8 +9,8 @@ import logging
 import sqlalchemy as sa
 from web4lora_chassis.errors import Unavailable, Web4Error
 
-from web4lora_gateway.database import CANCELLATIONS, call
-from web4lora_gateway.follow import cancel_job
+from web4lora_gateway.database import CANCELLATIONS, Waiting, call, upsert
+from web4lora_gateway.job_following import cancel_job
 from web4lora_gateway.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -25,32 +25,34 @@ class Cancellations:
         self._engine = engine
         self._workers = workers
 
-    async def add(self, worker: str, request_id: str, job_id: str) -> None:
-        """Keep a cancel; the same one twice is no error."""
+    async def add(self, worker: str, request_id: str, job_id: str, waiting: Waiting | None = None) -> None:
+        """Keep a cancel; the same one twice is no error. `waiting` is told why the database is waited for."""
         row = {"worker": worker, "request_id": request_id, "job_id": job_id}
-
-        def write(connection: sa.Connection) -> None:
-            connection.execute(sa.delete(CANCELLATIONS).where(CANCELLATIONS.c.request_id == request_id))
-            connection.execute(sa.insert(CANCELLATIONS).values(row))
-
-        await call(self._engine, write)
+        await call(self._engine, lambda connection: upsert(connection, CANCELLATIONS, row), waiting)
 
     async def deliver(self) -> None:
-        """Deliver for ever what there is to deliver."""
+        """Deliver for ever what there is to deliver. Two gateways may cancel the same job: once is enough."""
         while True:
             rows = await call(
-                self._engine, lambda connection: list(connection.execute(sa.select(CANCELLATIONS)))
+                self._engine, lambda connection: list(connection.execute(sa.select(CANCELLATIONS))), _log
             )
             for row in rows:
+                worker = self._workers.by_id.get(row.worker)
+                if worker is None:  # a trainer that is no longer among ours
+                    continue
                 try:
-                    await cancel_job(self._workers.by_name[row.worker], row.request_id, row.job_id)
+                    await cancel_job(worker, row.request_id, row.job_id)
                 except Unavailable:
                     continue
                 except Web4Error as error:
                     log.warning("the job of %s was not cancelled: %s", row.request_id, error.message)
                 done = sa.delete(CANCELLATIONS).where(CANCELLATIONS.c.request_id == row.request_id)
-                await call(self._engine, functools.partial(_execute, statement=done))
+                await call(self._engine, functools.partial(_execute, statement=done), _log)
             await asyncio.sleep(_INTERVAL_SECONDS)
+
+
+async def _log(line: str) -> None:
+    log.warning("cancels are not delivered: %s", line)
 
 
 def _execute(connection: sa.Connection, statement: sa.Executable) -> None:

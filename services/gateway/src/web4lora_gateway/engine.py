@@ -9,8 +9,14 @@ from typing import Any
 from dbos import DBOS, DBOSConfig
 from dbos import Serializer as SerializerBase
 
+from web4lora_gateway.database import let_the_engine_wait
+
 WORKFLOW_VERSION = "web4lora-run-1"
-"""Pinned, so that a newer gateway goes on with an older one's runs. Change it with the order of the steps."""
+"""Pinned, so that a newer gateway goes on with an older one's runs: none takes them up under another version.
+
+When the order of the steps changes, it stays: there the workflow asks `await DBOS.patch_async("the change")`,
+which is true for runs that have not come so far, and goes the old way for the others.
+"""
 
 
 class JsonSerializer(SerializerBase):
@@ -32,15 +38,21 @@ class JsonSerializer(SerializerBase):
         return "web4lora_json"
 
 
-def open_engine(database_url: str) -> None:
-    """Set DBOS up; `DBOS.launch()` starts it once the workflows are registered."""
+def open_engine(database_url: str, gateway: str) -> None:
+    """Set DBOS up; `DBOS.launch()` starts it once the workflows are registered.
+
+    Args:
+        database_url: sqlite:///path or postgresql://…
+        gateway: The name of this gateway, which no other one has.
+    """
+    let_the_engine_wait()
     engine_log = logging.getLogger("dbos")
     engine_log.addHandler(logging.NullHandler())  # so that it adds no handler of its own
     config: DBOSConfig = {
         "name": "web4lora-gateway",
         "system_database_url": database_url,
         "application_version": WORKFLOW_VERSION,
-        "executor_id": "gateway",
+        "executor_id": gateway,
         "log_level": "WARNING",
         "enable_otlp": False,
         "serializer": JsonSerializer(),

@@ -15,6 +15,7 @@ from web4lora_chassis.errors import disk_error
 
 LOG = "logs/run.log"
 FACTS = "run.json"
+_LATEST = "latest"
 
 _PUBLISHED = frozenset(
     ("logs/loss.csv", "logs/loss.png", "Modelfile", "SHA256SUMS", "eval_log.md", "eval.json",
@@ -46,7 +47,7 @@ class RunFolder:
         try:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
             if self._outputs_dir is not None:
-                _point(self._outputs_dir / "latest", self._run_id)
+                _point(self._outputs_dir / _LATEST, self._run_id)
         except OSError as error:
             raise disk_error(error, self.path) from error
 
@@ -88,22 +89,41 @@ class RunFolder:
             raise disk_error(error, place) from error
 
     def publish(self) -> None:
-        """Put the small files into the run's folder in the store."""
-        with tempfile.TemporaryDirectory(prefix="web4lora-") as name:
-            # Copies: the store may link what it is given and make it read-only, and these still change.
-            copies = {path: Path(name) / Path(path).name for path in (LOG, FACTS)}
-            files = {path: self.path / path for path in _PUBLISHED if (self.path / path).is_file()}
-            for path, copy in copies.items():
-                if (self.path / path).is_file():
-                    shutil.copyfile(self.path / path, copy)
-                    files[path] = copy
-            self._store.publish(self._run_id, files)
+        """Put the small files into the run's folder in the store.
+
+        Raises:
+            ResourceExhausted, FailedPrecondition: There is no room to copy what still changes.
+            Unavailable: The store is out of reach.
+        """
+        # Copies: the store may link what it is given and make it read-only, and these still change.
+        try:
+            with tempfile.TemporaryDirectory(prefix="web4lora-") as name:
+                copies = {path: Path(name) / Path(path).name for path in (LOG, FACTS)}
+                files = {path: self.path / path for path in _PUBLISHED if (self.path / path).is_file()}
+                for path, copy in copies.items():
+                    if (self.path / path).is_file():
+                        shutil.copyfile(self.path / path, copy)
+                        files[path] = copy
+                self._store.publish(self._run_id, files)
+        except OSError as error:
+            raise disk_error(error, Path(tempfile.gettempdir())) from error
 
 
 def taken(run_id: str, store: ArtifactStore, outputs_dir: Path | None) -> bool:
     """Tell whether a folder of that name holds another run's files."""
     here = outputs_dir is not None and os.path.lexists(outputs_dir / run_id)
     return here or bool(store.published(run_id))
+
+
+def point_to_newest(outputs_dir: Path) -> None:
+    """Make `latest` lead to the newest run's folder that is left, if it leads to one that is gone."""
+    link = outputs_dir / _LATEST
+    if not link.is_symlink() or link.exists():
+        return
+    link.unlink(missing_ok=True)
+    left = [path.name for path in outputs_dir.iterdir() if _RUN_ID.fullmatch(path.name) and path.is_dir()]
+    if left:
+        _point(link, max(left, key=_order))
 
 
 def _point(link: Path, run_id: str) -> None:

@@ -1,14 +1,21 @@
-"""What is known of a run and its stages, and its form in the database."""
+"""What is known of a run and its stages, and its form in the database.
+
+A document says which version of the form it has. What this version does not know of it, a newer one having
+written it, is kept and written back.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Self
 
 from web4lora_chassis.jobs import JobFailure, Progress
+
+SCHEMA = 2
+"""Version of the form of a run's document: raised when an older gateway would misread it."""
 
 STAGE_NAMES = ("prepare", "train", "package", "deploy", "verify", "promote")
 """The stages of a run, in order."""
@@ -34,6 +41,7 @@ class StageState(StrEnum):
     """Where a stage stands; the names of the contract's StageState."""
 
     PENDING = "PENDING"
+    QUEUED = "QUEUED"
     RUNNING = "RUNNING"
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
@@ -55,17 +63,34 @@ class StageResult:
         run_id: The run that made it.
         result: The result message's JSON data.
         versions: Versions of the worker and of its tools.
+        work_seconds: How long the work took; 0 when that is not known.
+        unknown: Fields that a newer version wrote.
     """
 
     key: str
     run_id: str
     result: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=dict)
+    work_seconds: float = 0.0
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        return _with_unknown(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read it back from JSON data."""
+        return cls(**_known(cls, data))
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A stage as it is at one moment; times are seconds since 1970, 0 before they are known."""
+    """A stage as it is at one moment; times are seconds since 1970, 0 before they are known.
+
+    `work_seconds` is how long the work took: of a stage that was taken over, when it ran. `begun` says that
+    what can't be called back was begun. `unknown` holds fields that a newer version wrote.
+    """
 
     name: str
     state: StageState = StageState.PENDING
@@ -78,15 +103,22 @@ class StageRecord:
     key: str = ""
     result: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    work_seconds: float = 0.0
+    begun: bool = False
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        return _with_unknown(asdict(self))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read it back from JSON data."""
-        fields = dict(data)
-        fields["state"] = StageState(fields["state"])
-        fields["progress"] = Progress(**fields["progress"])
-        fields["error"] = JobFailure(**fields["error"]) if fields["error"] else None
-        return cls(**fields)
+        known = _known(cls, data)
+        known["state"] = StageState(known["state"])
+        known["progress"] = progress_from_json(known["progress"])
+        known["error"] = _failure(known["error"])
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -108,6 +140,16 @@ class RunRecord:
         ended_at: Seconds since 1970; 0 before.
         output_dir: Its folder for people; empty when there is none.
         revision: Grows with every change, over restarts too.
+        owner: Who made it; empty when that is not known.
+        kept: It stays whatever the retention settings say.
+        labels: What it is found by, as its maker says.
+        priority: What comes first where runs wait: a word of `PRIORITIES`.
+        device: A word that the trainer's device must hold; empty: any.
+        sweep: The sweep that it is one of; empty: of none.
+        sweep_values: The values that the sweep gave it, by key.
+        forked_from: The run whose finished stages it takes over where their inputs are the same.
+        schema: Version of the document's form.
+        unknown: Fields that a newer version wrote.
     """
 
     id: str
@@ -124,6 +166,16 @@ class RunRecord:
     ended_at: float = 0.0
     output_dir: str = ""
     revision: int = 1
+    owner: str = ""
+    kept: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+    priority: str = "normal"
+    device: str = ""
+    sweep: str = ""
+    sweep_values: Mapping[str, str] = field(default_factory=dict)
+    forked_from: str = ""
+    schema: int = SCHEMA
+    unknown: Mapping[str, Any] = field(default_factory=dict)
 
     def stage(self, name: str) -> StageRecord:
         """Return a stage by its name; one that was not there yet when the run was made is still to come."""
@@ -135,8 +187,7 @@ class RunRecord:
 
     def changed(self, **fields: Any) -> RunRecord:
         """Return the run with other fields and a later revision."""
-        # The clock carries the revision over a restart, which forgets the revisions of unsaved progress.
-        return replace(self, revision=max(self.revision + 1, int(time.time() * 1000)), **fields)
+        return replace(self, revision=later(self.revision), **fields)
 
     def with_stage(self, name: str, **fields: Any) -> RunRecord:
         """Return the run with other fields of one stage."""
@@ -146,16 +197,99 @@ class RunRecord:
             stages.append(changed)
         return self.changed(stages=tuple(stages))
 
+    def queued(self, name: str, *, waits: bool) -> RunRecord:
+        """Return the run with a stage that waits for its turn, or has it; unchanged where that is known."""
+        state = StageState.QUEUED if waits else StageState.RUNNING
+        if self.stage(name).state is state or self.stage(name).state not in (
+            StageState.QUEUED,
+            StageState.RUNNING,
+        ):
+            return self
+        begins = {} if waits else {"started_at": time.time()}
+        changed = self.with_stage(name, state=state, **begins)
+        if self.state not in (RunState.QUEUED, RunState.RUNNING):
+            return changed
+        return replace(changed, state=RunState.QUEUED if waits else RunState.RUNNING)
+
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
-        return asdict(self)
+        data = _with_unknown(asdict(self))
+        data["stages"] = [stage.to_json() for stage in self.stages]
+        data["taken_over"] = {name: made.to_json() for name, made in self.taken_over.items()}
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read it back from JSON data."""
-        fields = dict(data)
-        fields["state"] = RunState(fields["state"])
-        fields["stages"] = tuple(StageRecord.from_json(stage) for stage in fields["stages"])
-        fields["error"] = JobFailure(**fields["error"]) if fields["error"] else None
-        fields["taken_over"] = {name: StageResult(**made) for name, made in fields["taken_over"].items()}
-        return cls(**fields)
+        """Read it back from JSON data.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: It is no document of this version.
+        """
+        known = _known(cls, data)
+        if data.get("schema", 1) > SCHEMA:
+            raise ValueError(f"its form is of version {data['schema']}; this gateway reads {SCHEMA} at most")
+        known["schema"] = SCHEMA
+        known["state"] = RunState(known["state"])
+        known["stages"] = tuple(StageRecord.from_json(stage) for stage in known["stages"])
+        known["error"] = _failure(known["error"])
+        known["taken_over"] = {
+            name: StageResult.from_json(made) for name, made in known["taken_over"].items()
+        }
+        return cls(**known)
+
+
+def later(revision: int) -> int:
+    """Return a later revision. The clock carries it over a restart, which forgets those not saved."""
+    return max(revision + 1, int(time.time() * 1000))
+
+
+@dataclass(frozen=True)
+class UnreadableRun:
+    """A run whose document this version can't read: what the columns beside it say.
+
+    Attributes:
+        id: run_<date>_<n>.
+        request_id: The caller's key.
+        name: The pipeline's name; empty when that is not known.
+        state: Where it stood, in the word of the version that wrote it; empty when that is not known.
+        created_at: Seconds since 1970.
+        revision: Grows with every change.
+        error: What is wrong with the document, for people.
+        owner: Whose it is; empty: not known, so only who may administer may delete it.
+    """
+
+    id: str
+    request_id: str
+    name: str
+    state: str
+    created_at: float
+    revision: int
+    error: JobFailure
+    owner: str = ""
+
+
+def progress_from_json(data: Mapping[str, Any]) -> Progress:
+    """Read a progress back from JSON data; what is not known of it is left out, the next one replaces it."""
+    names = {each.name for each in fields(Progress)}
+    return Progress(**{name: value for name, value in data.items() if name in names})
+
+
+def _failure(data: Mapping[str, Any] | None) -> JobFailure | None:
+    if not data:
+        return None
+    names = {each.name for each in fields(JobFailure)}
+    return JobFailure(**{name: value for name, value in data.items() if name in names})
+
+
+def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that a class has; all others together as `unknown`."""
+    names = {each.name for each in fields(cls)} - {"unknown"}
+    known = {name: value for name, value in data.items() if name in names}
+    unknown = {name: value for name, value in data.items() if name not in names}
+    return {**known, "unknown": unknown}
+
+
+def _with_unknown(data: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON data with the fields that a newer version wrote in their place."""
+    unknown = data.pop("unknown")
+    return {**unknown, **data}

@@ -7,12 +7,12 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-from web4.lora.v1 import deployer_pb2, gateway_pb2, packager_pb2, trainer_pb2
-from web4lora_chassis.rpc.jobs import to_json
+from web4.lora.v1 import deployer_pb2, deployments_pb2, gateway_pb2, packager_pb2, trainer_pb2
+from web4lora_chassis.rpc import to_json
 
 from web4lora_gateway import __version__
-from web4lora_gateway.records import RunRecord, StageRecord
-from web4lora_gateway.stages import Inputs
+from web4lora_gateway.records import RunRecord, StageRecord, StageState
+from web4lora_gateway.stages import Deploy, Inputs, Package, Prepare, Promote, Train, Verify
 
 
 def run_json(record: RunRecord) -> str:
@@ -29,20 +29,19 @@ def run_json(record: RunRecord) -> str:
         "base": {"source": pipeline.base, "revision": pipeline.base_revision or None},
         "dataset": {"digest": pipeline.dataset.digest},
     }
-    if "prepare" in inputs.results:
-        prepared = inputs.result("prepare", trainer_pb2.PrepareResult())
+    if prepared := inputs.find(Prepare):
         data["base"].update(digest=prepared.base.digest, size_bytes=prepared.base.size_bytes)
         data["dataset"].update(_dataset(prepared.dataset))
-    if "train" in inputs.results:
-        data["train"] = _train(inputs.result("train", trainer_pb2.TrainResult()))
-    if "package" in inputs.results:
-        data["package"] = _package(inputs.result("package", packager_pb2.PackageResult()))
-    if "deploy" in inputs.results:
-        data["deploy"] = _deploy(inputs.result("deploy", deployer_pb2.DeployResult()).deployment)
-    if "verify" in inputs.results and pipeline.suite is not None:
-        data["verify"] = _verify(inputs.result("verify", deployer_pb2.VerifyResult()))
-    if "promote" in inputs.results:
-        data["promote"] = _promote(inputs.result("promote", gateway_pb2.PromoteResult()))
+    if trained := inputs.find(Train):
+        data["train"] = _train(trained)
+    if packaged := inputs.find(Package):
+        data["package"] = _package(packaged)
+    if deployed := inputs.find(Deploy):
+        data["deploy"] = _deploy(deployed.deployment)
+    if pipeline.suite is not None and (tested := inputs.find(Verify)):
+        data["verify"] = _verify(tested)
+    if promoted := inputs.find(Promote):
+        data["promote"] = _promote(promoted)
     data["stages"] = {stage.name: _stage(stage) for stage in record.stages}
     data["parameters"] = dict(record.pipeline)
     data["from_stage"] = record.from_stage or None
@@ -66,6 +65,7 @@ def _dataset(report: trainer_pb2.DatasetReport) -> dict[str, Any]:
         "rows_by_core": dict(sorted(report.rows_by_core.items())),
         "tokens": report.tokens,
         "trained_tokens": report.trained_tokens,
+        "answers": report.answers,
     }
 
 
@@ -81,6 +81,7 @@ def _train(result: trainer_pb2.TrainResult) -> dict[str, Any]:
         "peak_memory_bytes": result.peak_memory_bytes,
         "trained_parameters": result.trained_parameters,
         "adapter_digest": result.adapter.digest,
+        "events": list(result.events) or None,
     }
 
 
@@ -97,10 +98,15 @@ def _package(result: packager_pb2.PackageResult) -> dict[str, Any]:
 
 
 def _gguf(file: packager_pb2.GgufFile) -> dict[str, Any]:
-    return {"type": file.type, "size_bytes": file.size_bytes, "digest": file.artifact.digest}
+    return {
+        "type": file.type,
+        "size_bytes": file.size_bytes,
+        "digest": file.artifact.digest,
+        **({"contents": file.contents} if file.contents else {}),
+    }
 
 
-def _deploy(deployment: deployer_pb2.Deployment) -> dict[str, Any]:
+def _deploy(deployment: deployments_pb2.Deployment) -> dict[str, Any]:
     return {
         "target": deployment.target,
         "endpoint": deployment.endpoint,
@@ -111,7 +117,9 @@ def _deploy(deployment: deployer_pb2.Deployment) -> dict[str, Any]:
 
 
 def _verify(result: deployer_pb2.VerifyResult) -> dict[str, Any]:
+    state = deployer_pb2.TestState.Name(result.state)
     return {
+        "state": state.removeprefix("TEST_STATE_").lower() if result.state else None,
         "passed": result.passed,
         "verdict": result.verdict,
         "scores": [to_json(score) for score in result.scores],
@@ -129,9 +137,12 @@ def _promote(result: gateway_pb2.PromoteResult) -> dict[str, Any]:
 
 def _stage(stage: StageRecord) -> dict[str, Any]:
     ended_at = stage.ended_at
+    took = stage.work_seconds
+    if not took and ended_at and stage.started_at and stage.state is not StageState.REUSED:
+        took = ended_at - stage.started_at
     return {
         "state": str(stage.state),
-        "seconds": round(ended_at - stage.started_at, 3) if ended_at and stage.started_at else None,
+        "seconds": round(took, 3) if took else None,  # of one that was taken over: when it ran
         "started": _time(stage.started_at),
         "ended": _time(ended_at),
         "reused_from_run": stage.reused_from_run or None,

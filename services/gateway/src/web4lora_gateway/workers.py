@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import grpc
-from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from web4.lora.v1 import (
     deployer_pb2,
     deployer_pb2_grpc,
+    deployments_pb2,
+    deployments_pb2_grpc,
     jobs_pb2,
+    jobs_pb2_grpc,
     packager_pb2,
     packager_pb2_grpc,
     trainer_pb2,
     trainer_pb2_grpc,
 )
+from web4lora_chassis.artifacts import ArtifactRef
 from web4lora_chassis.errors import Unavailable, Web4Error
-from web4lora_chassis.rpc import async_channel, error_of
+from web4lora_chassis.rpc import async_channel, error_of, ref_message
 from web4lora_chassis.rpc.errors import answered
 from web4lora_chassis.settings import Settings
+
+from web4lora_gateway.settings import GatewaySettings
 
 AWAY = "SERVICE_AWAY"
 """Reason of the error that a worker can't be reached, as against one that it passes on."""
 
+LOAD_TIMEOUT_SECONDS = 900.0
+"""Of calls that load a large model, or wait for another's load, as deleting one may."""
+SET_TIMEOUT_SECONDS = 30.0
+"""Of setting adapters: llama-server takes their scales between two batches."""
+
 _CALL_TIMEOUT_SECONDS = 10.0
-_LOAD_TIMEOUT_SECONDS = 900.0  # a large model is loaded, and deleting one may wait for another's load
-_SET_TIMEOUT_SECONDS = 30.0  # llama-server takes the scales of adapters between two batches
-_LOOK_TIMEOUT_SECONDS = 3.0
+_SUITE_TIMEOUT_SECONDS = 90.0  # a large one is fetched and read
+_HEALTH_TIMEOUT_SECONDS = 3.0
 _PAGE_SIZE = 200
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 _TERMINAL = (
@@ -38,6 +47,9 @@ _TERMINAL = (
     jobs_pb2.JOB_STATE_FAILED,
     jobs_pb2.JOB_STATE_CANCELLED,
 )
+
+Q = TypeVar("Q")
+R = TypeVar("R")
 
 
 def ended(job: jobs_pb2.Job) -> bool:
@@ -47,187 +59,239 @@ def ended(job: jobs_pb2.Job) -> bool:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What a worker says of itself: the Get…Info answer and its versions by name."""
+    """What a worker says of itself.
 
-    message: Any
-    versions: Mapping[str, str]
-
-
-class Worker:
-    """One worker service. The contract names the job calls of all workers alike: Create<Name>Job and so on.
-
-    Args:
-        name: trainer, packager or deployer.
-        address: Where it listens.
-        stub: Its generated stub.
-        messages: The module of its messages.
-        channel: The channel of the stub.
+    Attributes:
+        versions: Its own version, by its name, and those of its tools.
+        detail: What it is and has, for people.
+        target: Where the deployer's deployments go that name no target; empty for others.
+        runtimes: What the deployer found; empty for others.
+        device: What the trainer trains on; empty for others.
+        memory_bytes: Memory of that device; 0 when it is not known.
+        free_memory_bytes: Memory free on it now.
     """
 
-    def __init__(
-        self, name: str, address: str, stub: Any, messages: ModuleType, channel: grpc.aio.Channel
-    ) -> None:
-        self.name = name
+    versions: Mapping[str, str]
+    detail: str = ""
+    target: str = ""
+    runtimes: tuple[deployer_pb2.Runtime, ...] = ()
+    device: str = ""
+    memory_bytes: int = 0
+    free_memory_bytes: int = 0
+
+
+class Worker(ABC):
+    """One worker service: its jobs, and how it does. Every call raises the same errors.
+
+    Raises:
+        Unavailable: The worker is out of reach.
+        Web4Error: The worker's own error.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, address: str, settings: Settings, id: str = "") -> None:
         self.address = address
-        self.stub = stub
-        self._messages: Any = messages
-        self._health: Any = health_pb2_grpc.HealthStub(channel)
-        self._title = name.capitalize()
+        self.id = id or self.name
+        self.channel = async_channel(address, settings, settings.worker_token(self.name))
+        self.jobs = jobs_pb2_grpc.JobServiceStub(self.channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self.channel)
 
-    async def create(self, request_id: str, kind: str, spec: Mapping[str, Any]) -> Any:
-        """Create a job, or find the one that this request_id made, and return its message.
+    def __str__(self) -> str:
+        """Return who it is, for messages."""
+        named = "" if self.id == self.name else f" {self.id}"
+        return f"the {self.name}{named} at {self.address}"
 
-        Raises:
-            Unavailable: The worker is out of reach.
-            Web4Error: The worker's own error.
-        """
-        request = self._request("Create{}Job")
-        request.request_id = request_id
-        ParseDict(dict(spec), getattr(request, kind))
-        return (await self._call("Create{}Job", request)).job
+    @abstractmethod
+    async def info(self, timeout_seconds: float = _CALL_TIMEOUT_SECONDS) -> WorkerInfo:
+        """Ask the worker what it is."""
 
-    async def watch(self, job_id: str) -> AsyncIterator[Any]:
-        """Yield the messages of a job until it ends; errors as for `create`."""
-        request = self._request("Watch{}Job")
-        request.id = job_id
+    async def create(self, request: jobs_pb2.CreateJobRequest) -> jobs_pb2.Job:
+        """Create a job, or find the one that this request_id made."""
+        return (await self.call(self.jobs.CreateJob, request)).job
+
+    async def watch(self, job_id: str) -> AsyncIterator[jobs_pb2.Job]:
+        """Yield a job's snapshots until it ends."""
         try:
-            async for answer in getattr(self.stub, f"Watch{self._title}Job")(request):
+            async for answer in self.jobs.WatchJob(jobs_pb2.WatchJobRequest(id=job_id)):
                 yield answer.job
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
 
-    async def cancel(self, job_id: str) -> Any:
-        """Ask a job to end and return its message; errors as for `create`."""
-        request = self._request("Cancel{}Job")
-        request.id = job_id
-        return (await self._call("Cancel{}Job", request)).job
+    async def cancel(self, job_id: str, *, keep: bool = False) -> jobs_pb2.Job:
+        """Ask a job to end and return it; with `keep` to end early, with a result."""
+        request = jobs_pb2.CancelJobRequest(id=job_id, keep=keep)
+        return (await self.call(self.jobs.CancelJob, request)).job
 
     async def find(self, request_id: str) -> str:
-        """Return the id of the job that a request_id made, or nothing; errors as for `create`."""
-        request = self._request("List{}Jobs")
-        request.page_size = _PAGE_SIZE
+        """Return the id of the job that a request_id made, or nothing."""
+        request = jobs_pb2.ListJobsRequest(page_size=_PAGE_SIZE)
         while True:
-            answer = await self._call("List{}Jobs", request)
-            for message in answer.jobs:
-                if message.job.request_id == request_id:
-                    return str(message.job.id)
+            answer = await self.call(self.jobs.ListJobs, request)
+            for job in answer.jobs:
+                if job.request_id == request_id:
+                    return job.id
             if not answer.next_page_token:
                 return ""
             request.page_token = answer.next_page_token
 
-    async def info(self, timeout_seconds: float = _CALL_TIMEOUT_SECONDS) -> WorkerInfo:
-        """Ask the worker what it is; errors as for `create`."""
-        answer = await self._call("Get{}Info", self._request("Get{}Info"), timeout_seconds)
-        versions = dict(getattr(answer, "tools", {}))
-        if getattr(answer, "llama_cpp_version", ""):
-            versions["llama.cpp"] = answer.llama_cpp_version
-        return WorkerInfo(answer, {self.name: answer.version, **versions})
-
     async def serving(self) -> bool:
-        """Tell whether its health service says SERVING; errors as for `create`."""
+        """Tell whether its health service says SERVING."""
         request = health_pb2.HealthCheckRequest()
-        try:
-            answer = await self._health.Check(request, timeout=_LOOK_TIMEOUT_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+        answer = await self.call(self._health.Check, request, _HEALTH_TIMEOUT_SECONDS)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    async def _call(self, name: str, request: Any, timeout_seconds: float = _CALL_TIMEOUT_SECONDS) -> Any:
+    async def call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Q, R],
+        request: Q,
+        timeout_seconds: float = _CALL_TIMEOUT_SECONDS,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> R:
+        """Make a call of one of its stubs."""
         try:
-            return await getattr(self.stub, name.format(self._title))(request, timeout=timeout_seconds)
+            return await method(request, timeout=timeout_seconds, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
 
-    def _request(self, name: str) -> Any:
-        return getattr(self._messages, f"{name.format(self._title)}Request")()
+    @property
+    def _setting(self) -> str:
+        return "WEB4LORA_TRAINERS" if self.id != self.name else f"WEB4LORA_{self.name.upper()}_ADDRESS"
 
     def _error(self, call: grpc.aio.AioRpcError) -> Web4Error:
-        service = f"the {self.name} at {self.address}"
+        service = str(self)
         if call.code() in _GONE and not answered(call):
             return Unavailable(
                 f"{service[0].upper()}{service[1:]} is out of reach.",
-                fix=f"Start it (`web4lora up`), or correct WEB4LORA_{self.name.upper()}_ADDRESS.",
+                fix=f"Start it (`web4lora up`), or correct {self._setting}.",
                 reason=AWAY,
                 metadata={"service": self.name, "address": self.address, "details": call.details() or ""},
+            )
+        if call.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return Unavailable(
+                f"{service[0].upper()}{service[1:]} is of another version than the gateway.",
+                fix="Start it again with the gateway's version.",
+                reason=AWAY,
+                metadata={"service": self.name, "address": self.address},
             )
         return error_of(call, service)
 
 
-class Workers:
-    """The three workers, each with a channel of its own."""
+class Trainer(Worker):
+    """The trainer."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._channels: list[grpc.aio.Channel] = []
-        self.trainer = self._open(
-            "trainer", settings.trainer_address, trainer_pb2_grpc.TrainerServiceStub, trainer_pb2, settings
-        )
-        self.packager = self._open(
-            "packager",
-            settings.packager_address,
-            packager_pb2_grpc.PackagerServiceStub,
-            packager_pb2,
-            settings,
-        )
-        self.deployer = self._open(
-            "deployer",
-            settings.deployer_address,
-            deployer_pb2_grpc.DeployerServiceStub,
-            deployer_pb2,
-            settings,
-        )
-        self.by_name = {worker.name: worker for worker in (self.trainer, self.packager, self.deployer)}
+    name = "trainer"
 
-    async def deployment(self, deployment_id: str) -> deployer_pb2.Deployment:
-        """Return a deployment; NotFound when there is none of that id."""
-        request = deployer_pb2.GetDeploymentRequest(id=deployment_id)
-        answer = await self.deployer._call("GetDeployment", request)
-        found: deployer_pb2.Deployment = answer.deployment
-        return found
+    async def info(self, timeout_seconds: float = _CALL_TIMEOUT_SECONDS) -> WorkerInfo:
+        """Ask on what it trains."""
+        stub = trainer_pb2_grpc.TrainerServiceStub(self.channel)
+        answer = await self.call(stub.GetTrainerInfo, trainer_pb2.GetTrainerInfoRequest(), timeout_seconds)
+        free = answer.free_memory_bytes
+        detail = f"{answer.device}, {free / 1e9:.1f} GB free" if free else answer.device
+        return WorkerInfo(
+            {self.name: answer.version, **answer.tools},
+            detail,
+            device=answer.device,
+            memory_bytes=answer.memory_bytes,
+            free_memory_bytes=free,
+        )
 
-    async def deployments(self) -> list[deployer_pb2.Deployment]:
+
+class Packager(Worker):
+    """The packager."""
+
+    name = "packager"
+
+    async def info(self, timeout_seconds: float = _CALL_TIMEOUT_SECONDS) -> WorkerInfo:
+        """Ask which llama.cpp it has."""
+        stub = packager_pb2_grpc.PackagerServiceStub(self.channel)
+        answer = await self.call(stub.GetPackagerInfo, packager_pb2.GetPackagerInfoRequest(), timeout_seconds)
+        later = "" if answer.llama_cpp_ready else ", compiled by the first job"
+        versions = {self.name: answer.version, **answer.tools, "llama.cpp": answer.llama_cpp_version}
+        return WorkerInfo(versions, f"llama.cpp {answer.llama_cpp_version}{later}")
+
+
+class Deployer(Worker):
+    """The deployer, which also has the deployments."""
+
+    name = "deployer"
+
+    def __init__(self, address: str, settings: Settings) -> None:
+        super().__init__(address, settings)
+        self.deployments = deployments_pb2_grpc.DeploymentServiceStub(self.channel)
+        self._stub = deployer_pb2_grpc.DeployerServiceStub(self.channel)
+
+    async def info(self, timeout_seconds: float = _CALL_TIMEOUT_SECONDS) -> WorkerInfo:
+        """Ask which runtimes it has."""
+        request = deployer_pb2.GetDeployerInfoRequest()
+        answer = await self.call(self._stub.GetDeployerInfo, request, timeout_seconds)
+        usable = [f"{each.target} {each.version}".rstrip() for each in answer.runtimes if each.usable]
+        detail = ", ".join(usable) or "no runtime found"
+        return WorkerInfo({self.name: answer.version}, detail, answer.target, tuple(answer.runtimes))
+
+    async def suite_scores(self, suite: ArtifactRef) -> tuple[str, ...]:
+        """Return the names of the scores that a suite gives, once it has been read.
+
+        Raises:
+            InvalidInput: Something in it is wrong; the message names file and line.
+        """
+        request = deployer_pb2.CheckSuiteRequest(suite=ref_message(suite))
+        return tuple((await self.call(self._stub.CheckSuite, request, _SUITE_TIMEOUT_SECONDS)).scores)
+
+    async def all_deployments(self) -> list[deployments_pb2.Deployment]:
         """Return what is deployed, newest first."""
-        answer = await self.deployer._call("ListDeployments", deployer_pb2.ListDeploymentsRequest())
-        return list(answer.deployments)
+        request = deployments_pb2.ListDeploymentsRequest()
+        return list((await self.call(self.deployments.ListDeployments, request)).deployments)
 
-    async def promote(self, deployment_id: str) -> deployer_pb2.Deployment:
+    async def deployment(self, deployment_id: str) -> deployments_pb2.Deployment:
+        """Return a deployment; NotFound when there is none of that id."""
+        request = deployments_pb2.GetDeploymentRequest(id=deployment_id)
+        return (await self.call(self.deployments.GetDeployment, request)).deployment
+
+    async def promote(self, deployment_id: str) -> deployments_pb2.Deployment:
         """Point a deployment's name at it; safe to repeat. Errors as the contract names them."""
-        request = deployer_pb2.PromoteDeploymentRequest(id=deployment_id)
-        answer = await self.deployer._call("PromoteDeployment", request, _LOAD_TIMEOUT_SECONDS)
-        found: deployer_pb2.Deployment = answer.deployment
-        return found
+        request = deployments_pb2.PromoteDeploymentRequest(id=deployment_id)
+        answer = await self.call(self.deployments.PromoteDeployment, request, LOAD_TIMEOUT_SECONDS)
+        return answer.deployment
 
-    async def roll_back(self, name: str, from_id: str) -> deployer_pb2.Deployment:
+    async def roll_back(self, name: str, from_id: str) -> deployments_pb2.Deployment:
         """Point a name back at the candidate before; safe to repeat when `from_id` is given."""
-        request = deployer_pb2.RollbackDeploymentRequest(name=name, from_id=from_id)
-        answer = await self.deployer._call("RollbackDeployment", request, _LOAD_TIMEOUT_SECONDS)
-        found: deployer_pb2.Deployment = answer.deployment
-        return found
+        request = deployments_pb2.RollbackDeploymentRequest(name=name, from_id=from_id)
+        answer = await self.call(self.deployments.RollbackDeployment, request, LOAD_TIMEOUT_SECONDS)
+        return answer.deployment
 
-    async def delete(self, deployment_id: str) -> None:
-        """Take a deployment out of its runtime; what is gone already is no error."""
-        request = deployer_pb2.DeleteDeploymentRequest(id=deployment_id)
-        await self.deployer._call("DeleteDeployment", request, _LOAD_TIMEOUT_SECONDS)
 
-    async def set_adapters(self, deployment_id: str, scales: Mapping[str, float]) -> deployer_pb2.Deployment:
-        """Set how strongly a deployment's adapters are applied; safe to repeat."""
-        request = deployer_pb2.SetAdaptersRequest(id=deployment_id, scales=scales)
-        answer = await self.deployer._call("SetAdapters", request, _SET_TIMEOUT_SECONDS)
-        found: deployer_pb2.Deployment = answer.deployment
-        return found
+class Workers:
+    """All workers, each with a channel of its own.
 
-    async def create_deployer_job(
-        self, request: deployer_pb2.CreateDeployerJobRequest
-    ) -> deployer_pb2.DeployerJob:
-        """Create a job of the deployer as a client asked for it; errors as for `Worker.create`."""
-        job: deployer_pb2.DeployerJob = (await self.deployer._call("CreateDeployerJob", request)).job
-        return job
+    Attributes:
+        trainer: The first of the trainers.
+        by_id: All of them by their names, the trainers first: the kind alone, but for further trainers.
+    """
 
-    async def close(self) -> None:
-        """Close the channels."""
-        for channel in self._channels:
-            await channel.close()
+    def __init__(self, settings: GatewaySettings) -> None:
+        trainers = [Trainer(address, settings, name) for name, address in settings.trainer_addresses.items()]
+        self.trainer = trainers[0]
+        self.packager = Packager(settings.packager_address, settings)
+        self.deployer = Deployer(settings.deployer_address, settings)
+        everyone: tuple[Worker, ...] = (*trainers, self.packager, self.deployer)
+        self.by_id = {worker.id: worker for worker in everyone}
 
-    def _open(self, name: str, address: str, stub: Any, messages: ModuleType, settings: Settings) -> Worker:
-        channel = async_channel(address, settings)
-        self._channels.append(channel)
-        return Worker(name, address, stub(channel), messages, channel)
+    def of_kind(self, kind: str) -> list[Worker]:
+        """Return the workers of a kind: "trainer", "packager" or "deployer"."""
+        return [worker for worker in self.by_id.values() if worker.name == kind]
+
+    async def info_of(self, kind: str) -> WorkerInfo:
+        """Ask the first worker of a kind that is in reach what it is.
+
+        Raises:
+            Unavailable: All of them are out of reach.
+        """
+        away: Unavailable | None = None
+        for worker in self.of_kind(kind):
+            try:
+                return await worker.info()
+            except Unavailable as error:
+                away = away or error
+        assert away is not None
+        raise away

@@ -15,41 +15,58 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from dbos import DBOS, SetWorkflowID
-from web4.lora.v1 import jobs_pb2
 from web4lora_chassis.artifacts import ArtifactStore
-from web4lora_chassis.errors import Cancelled, Unavailable, Web4Error
+from web4lora_chassis.errors import Cancelled, Web4Error
 from web4lora_chassis.jobs import JobFailure, Progress
-from web4lora_chassis.rpc import failure_of, ref_of
-from web4lora_chassis.rpc.jobs import to_json
+from web4lora_chassis.rpc import ref_of, to_json
 
-from web4lora_gateway.cancellations import Cancellations
+from web4lora_gateway.database import Waiting
 from web4lora_gateway.folder import RunFolder
-from web4lora_gateway.follow import Work, cancel_job, follow, patiently
+from web4lora_gateway.job_following import patiently
+from web4lora_gateway.outcomes import (
+    BEGUN,
+    PLANNED,
+    WORKED,
+    YES_OR_NO,
+    Begun,
+    Decision,
+    DoCalls,
+    DoJob,
+    Done,
+    Ended,
+    Failed,
+    Kept,
+    Plan,
+    Reuse,
+    Stopped,
+    ended_by,
+)
+from web4lora_gateway.pipeline import Pipeline
+from web4lora_gateway.places import PRIORITIES, Place
 from web4lora_gateway.plan import Planner, threaded
-from web4lora_gateway.records import RunRecord, RunState, StageResult, StageState
-from web4lora_gateway.results import StageResults
+from web4lora_gateway.pools import BYTES
+from web4lora_gateway.records import STAGE_NAMES, RunRecord, RunState, StageResult, StageState
 from web4lora_gateway.run_json import run_json
 from web4lora_gateway.runs import RunBook
+from web4lora_gateway.scheduler import Callbacks, Scheduler
 from web4lora_gateway.settings import GatewaySettings
-from web4lora_gateway.stages import BY_NAME, STAGES, Inputs, Stage
-from web4lora_gateway.workers import Workers
+from web4lora_gateway.stage_results import StageResults
+from web4lora_gateway.stages import AnyStage, CallStage, Inputs, JobStage, stages_of
+from web4lora_gateway.telemetry import belongs_to_run, run_ended, stage_ended, step
+from web4lora_gateway.workers import Worker, Workers
 
 log = logging.getLogger(__name__)
 
-Json = dict[str, Any]
+_NEVER = asyncio.Event()
+"""Is never set: what waits for it can't be cancelled."""
 
-
-class StageFailed(Exception):
-    """A stage ended without a result; carries what its step returns."""
-
-    def __init__(self, outcome: Json) -> None:
-        super().__init__("stage failed")
-        self.outcome = outcome
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ class RunWorkflow:
         results: Earlier results by key.
         store: The artifacts.
         workers: Who does the work.
-        cancellations: Cancels to be delivered later.
+        scheduler: Gives work to them.
         settings: Where folders are.
     """
 
@@ -69,8 +86,10 @@ class RunWorkflow:
     results: StageResults
     store: ArtifactStore
     workers: Workers
-    cancellations: Cancellations
+    scheduler: Scheduler
     settings: GatewaySettings
+    _at_work: Counter[str] = field(default_factory=Counter)
+    _began: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def register(self) -> Callable[[str], Coroutine[Any, Any, None]]:
         """Make the workflow known to DBOS and return what starts it, by run id, at most once for each."""
@@ -85,56 +104,75 @@ class RunWorkflow:
 
         return start
 
-    async def resume(
-        self, records: Iterable[RunRecord], start: Callable[[str], Coroutine[Any, Any, None]]
-    ) -> None:
-        """Start the workflows of runs that were made durable just before a crash; DBOS resumes the others."""
-        for record in records:
-            status = await DBOS.get_workflow_status_async(record.id)
-            if status is None:
-                await start(record.id)
-            elif status.status in ("PENDING", "ENQUEUED"):
-                await self._log(record.id, "the gateway was restarted; the run goes on")
-            else:
-                await self._end(
-                    record.id, asdict(_failure(RuntimeError(f"the workflow ended: {status.status}")))
-                )
+    def at_work(self, run_id: str) -> bool:
+        """Tell whether a run's workflow is at work in this process."""
+        return self._at_work[run_id] > 0
+
+    async def give_up(self, run_id: str, state: str) -> None:
+        """End a run whose workflow ended without it; `state` is the workflow's."""
+        await self.book.carry(run_id)
+        await self._end(run_id, _failure(RuntimeError(f"the workflow ended: {state}")))
 
     async def _run(self, run_id: str) -> None:
+        self._at_work[run_id] += 1
         try:
-            began = await _step("begin", self._begin, run_id)
-            for stage in STAGES if not began.get("error") else ():
-                plan = await _step(f"plan {stage.name}", self._plan, run_id, stage.name)
-                outcome = plan
-                if plan.get("spec") or plan.get("decision"):
-                    outcome = await _step(f"work {stage.name}", self._work, run_id, stage.name, plan)
-                if not await _step(
-                    f"conclude {stage.name}", self._conclude, run_id, stage.name, plan, outcome
-                ):
-                    break
-            await _step("end", self._end, run_id, began.get("error"))
+            await self._through_all_stages(run_id)
         except Exception as error:
             log.exception("run %s: defect", run_id)
-            await self._end(run_id, asdict(_failure(error)))
+            await self._end(run_id, _failure(error))
             raise
+        finally:
+            self._at_work[run_id] -= 1
+            if not self._at_work[run_id]:
+                del self._at_work[run_id]
+                for name in STAGE_NAMES:
+                    self._began.pop((run_id, name), None)
+                self.book.put_down(run_id)
 
-    async def _begin(self, run_id: str) -> Json:
+    async def _through_all_stages(self, run_id: str) -> None:
+        try:
+            record = await self.book.carry(run_id, _logged(run_id))
+        except Web4Error as error:
+            log.warning("%s is left alone: %s", run_id, error.message)
+            raise asyncio.CancelledError from error  # so that the engine keeps it as it is
+        with belongs_to_run(record):
+            if record.state is not RunState.QUEUED and not record.state.terminal:
+                await self._log(run_id, "the gateway was restarted; the run goes on")
+            began = await _step("begin", BEGUN, self._begin, run_id)
+            for name in STAGE_NAMES if isinstance(began, Begun) else ():
+                if not await self._stage(run_id, name):
+                    break
+            failure = began.error if isinstance(began, Failed) else None
+            await _step("end", YES_OR_NO, self._end, run_id, failure)
+
+    async def _stage(self, run_id: str, name: str) -> bool:
+        """Take a run through a stage; return whether it goes on."""
+        plan = await _step(f"plan {name}", PLANNED, self._plan, run_id, name)
+        outcome: Reuse | Done | Ended
+        if isinstance(plan, DoJob | DoCalls):
+            outcome = await _step(f"work {name}", WORKED, self._work, run_id, name, plan)
+        else:
+            outcome = plan
+        return await _step(f"conclude {name}", YES_OR_NO, self._conclude, run_id, name, plan, outcome)
+
+    async def _begin(self, run_id: str) -> Begun | Ended:
         def begin(record: RunRecord) -> RunRecord:
             return record.changed(state=RunState.RUNNING) if record.state is RunState.QUEUED else record
 
-        record = await self.book.change(run_id, begin)
+        record = await self._change(run_id, begin)
         try:
-            await asyncio.to_thread(self._folder(run_id).begin)
+            await self._patiently(run_id, STAGE_NAMES[0], "room", threaded(self._folder(run_id).begin))
             await self._write(run_id)
         except Web4Error as error:
-            return _outcome(error)
+            return ended_by(error)
         await self._log(run_id, f"{run_id} started: {record.pipeline['name']}")
-        return {"begun": True}
+        return Begun()
 
-    async def _plan(self, run_id: str, name: str) -> Json:
-        """Decide whether a stage runs: a Plan's fields, or how it failed."""
-        stage = BY_NAME[name]
-        record = await self.book.change(
+    async def _plan(self, run_id: str, name: str) -> Plan | Ended:
+        """Decide whether a stage runs, and how."""
+        if not (await self.book.get(run_id, _logged(run_id))).stage(name).started_at:
+            self._began[run_id, name] = time.monotonic()
+        record = await self._change(
             run_id,
             lambda record: record.with_stage(
                 name,
@@ -144,102 +182,129 @@ class RunWorkflow:
             ),
         )
         try:
-            plan = await Planner(self.results, self.store, self.workers).plan(
-                record, stage, lambda who, call: self._patiently(run_id, stage, who, call)
+            return await Planner(self.results, self.store, self.workers).plan(
+                record, _stage_of(record, name), lambda who, call: self._patiently(run_id, name, who, call)
             )
         except Web4Error as error:
-            return _outcome(error)
-        return asdict(plan)
+            return ended_by(error)
 
-    async def _work(self, run_id: str, name: str, plan: Json) -> Json:
-        """Have the worker do a stage: {"result": …, "job_id": …}, or how it failed."""
-        stage = BY_NAME[name]
-        worker = self.workers.by_name[stage.worker]
-        record = await self.book.get(run_id)
-        if plan.get("decision"):
-            return await self._call(record, stage, plan["decision"])
-        work = Work(name, f"{run_id}/{record.nonce}/{name}/{plan['key'][:16]}", plan["spec"])
+    async def _work(self, run_id: str, name: str, plan: DoJob | DoCalls) -> Done | Ended:
+        """Have the worker do a stage."""
+        record = await self.book.get(run_id, _logged(run_id))
+        match _stage_of(record, name), plan:
+            case JobStage() as stage, DoJob():
+                return await self._job(record, stage, plan)
+            case CallStage() as stage, DoCalls():
+                return await self._call(record, stage, plan.decision)
+        return Failed(
+            JobFailure("PLANNED_OTHERWISE", f"Another version planned {name} in a way that this one has not.",
+                       f"Retry the run: `web4lora runs retry {run_id} --from {name}`.")
+        )  # fmt: skip
 
-        async def created(job_id: str) -> None:
-            if (await self.book.get(run_id)).stage(name).job_id != job_id:
-                await self.book.change(run_id, lambda record: record.with_stage(name, job_id=job_id))
-                await self._log(run_id, f"{name}: job {job_id} of the {worker.name}")
+    async def _job(self, record: RunRecord, stage: JobStage[Any, Any], plan: DoJob) -> Done | Ended:
+        """Do a stage that is a job."""
+        run_id, name = record.id, stage.name
+        memory_bytes, seconds = stage.needs(Inputs.of(record))
+        place = Place(
+            work=f"{run_id}/{record.nonce}/{name}/{plan.key[:16]}",
+            run_id=run_id,
+            kind=stage.worker,
+            lane=stage.lane or stage.worker,
+            priority=PRIORITIES[record.priority],
+            device=record.device if stage.worker == "trainer" else "",
+            memory_bytes=memory_bytes,
+            seconds=seconds,
+        )
 
+        async def created(worker: Worker, job_id: str) -> None:
+            if (await self.book.get(run_id, _logged(run_id))).stage(name).job_id != job_id:
+                await self._change(run_id, lambda record: record.with_stage(name, job_id=job_id))
+                await self._log(run_id, f"{name}: job {job_id} of {worker}")
+
+        async def queued(waits: bool) -> None:
+            await self._change(run_id, lambda record: record.queued(name, waits=waits))
+            if not waits and (run_id, name) in self._began:  # waiting is no work
+                self._began[run_id, name] = time.monotonic()
+
+        callbacks = Callbacks(
+            queued=queued,
+            created=created,
+            report=self._report(run_id, name),
+            say=lambda line: self._log(run_id, f"{name}: {line}"),
+            cancelled=self.book.cancelled(run_id),
+        )
         try:
-            last = await follow(
-                worker,
-                work,
-                created=created,
-                report=self._report(run_id, name),
-                cancelled=self.book.cancelled(run_id),
+            last = await self.scheduler.work(place, stage.work(plan.spec), callbacks)
+        except Web4Error as error:
+            return ended_by(error)
+        return last if isinstance(last, Stopped) else stage.outcome(last)
+
+    async def _call(self, record: RunRecord, stage: CallStage[Any], decision: Decision) -> Done | Ended:
+        """Do a stage that is no job. Once begun it is concluded: a call cut off may have been heard."""
+        deployer, inputs, name = self.workers.deployer, Inputs.of(record), stage.name
+
+        def begin(record: RunRecord) -> RunRecord:
+            if record.stage(name).begun or record.state is RunState.CANCELLING:
+                return record
+            return record.with_stage(name, begun=True)
+
+        record = await self._change(record.id, begin)
+        if not record.stage(name).begun:
+            return Stopped()
+        try:
+            result = await patiently(
+                lambda: stage.act(inputs, deployer, decision),
+                str(deployer),
+                self._report(record.id, name),
+                cancelled=_NEVER,
             )
-        except Cancelled:
-            return await self._cancel(run_id, stage, work)
         except Web4Error as error:
-            return _outcome(error)
-        if last.job.state == jobs_pb2.JOB_STATE_FAILED:
-            return {"error": asdict(failure_of(last.job.error))}
-        if last.job.state == jobs_pb2.JOB_STATE_CANCELLED:
-            text = f"The {worker.name}'s job {last.job.id} was cancelled there."
-            return {"error": asdict(JobFailure("CANCELLED", text, "Retry the run."))}
-        return {"result": to_json(getattr(last, f"{name}_result")), "job_id": last.job.id}
+            return ended_by(error)
+        if self.book.cancelled(record.id).is_set():
+            result = stage.although_cancelled(result)
+        await self._log(record.id, f"{stage.name}: {stage.summary(result)}")
+        return Done(to_json(result))
 
-    async def _call(self, record: RunRecord, stage: Stage, decision: Json) -> Json:
-        """Do a stage that is no job: what `_work` returns."""
-        calls = stage.calls
-        assert calls is not None
-        worker = self.workers.by_name[stage.worker]
-        who = f"the {worker.name} at {worker.address}"
-        inputs = Inputs.of(record)
-        try:
-            result = await self._patiently(
-                record.id, stage, who, lambda: calls.act(inputs, self.workers, decision)
-            )
-        except Web4Error as error:
-            return _outcome(error)
-        await self._log(record.id, f"{stage.name}: {calls.told(result)}")
-        return {"result": to_json(result)}
-
-    async def _cancel(self, run_id: str, stage: Stage, work: Work) -> Json:
-        """Cancel a stage's job, later when its worker is out of reach."""
-        job_id = (await self.book.get(run_id)).stage(stage.name).job_id
-        worker = self.workers.by_name[stage.worker]
-        try:
-            await cancel_job(worker, work.request_id, job_id)
-        except Unavailable as error:
-            await self.cancellations.add(worker.name, work.request_id, job_id)
-            note = f"{error.message} Its job is cancelled as soon as it is back."
-            return {"cancelled": True, "note": note}
-        except Web4Error as error:
-            return {"cancelled": True, "note": f"The {worker.name} could not cancel its job: {error.message}"}
-        return {"cancelled": True}
-
-    async def _conclude(self, run_id: str, name: str, plan: Json, outcome: Json) -> bool:
+    async def _conclude(
+        self, run_id: str, name: str, plan: Plan | Ended, outcome: Reuse | Done | Ended
+    ) -> bool:
         """Write down what came of a stage; return whether the run goes on."""
+        if isinstance(plan, Ended):
+            return await self._fail(run_id, name, plan)
+        if isinstance(outcome, Ended):
+            return await self._fail(run_id, name, outcome, plan.key)
+        record = await self.book.get(run_id, _logged(run_id))
+        stage = _stage_of(record, name)
         try:
-            if plan.get("reused"):
-                await self._succeed(run_id, name, StageResult(**plan["reused"]), reused=True)
-            elif "result" in outcome:
-                made = StageResult(plan["key"], run_id, outcome["result"], plan["versions"])
-                if plan.get("spec"):  # a decision is made anew in every run
-                    await self.results.save(name, made)
-                await self._succeed(run_id, name, made, reused=False)
+            if isinstance(outcome, Reuse):
+                made = outcome.reused
             else:
-                raise StageFailed(outcome)
-        except StageFailed as failed:
-            await self._fail(run_id, name, failed.outcome, plan.get("key", ""))
-            return False
+                took = self._took(record, name)
+                made = StageResult(plan.key, run_id, outcome.result, plan.versions, took)
+                # A decision is made anew in every run.
+                if isinstance(stage, JobStage) and stage.complete_result(stage.read(made.result)):
+                    await self.results.save(name, made, self._waiting(run_id, name))
+            stage.accept(Inputs.of(record), stage.read(made.result))
+            await self._succeed(run_id, stage, made, reused=isinstance(outcome, Reuse))
         except Web4Error as error:
-            await self._fail(run_id, name, _outcome(error), plan.get("key", ""))
-            return False
+            return await self._fail(run_id, name, ended_by(error), plan.key)
         return True
 
-    async def _succeed(self, run_id: str, name: str, made: StageResult, *, reused: bool) -> None:
-        stage = BY_NAME[name]
+    def _took(self, record: RunRecord, name: str) -> float:
+        """Return for how many seconds a stage was at work, whatever happened to the clock meanwhile."""
+        began = self._began.pop((record.id, name), None)
+        if began is not None:
+            return time.monotonic() - began
+        return max(time.time() - record.stage(name).started_at, 0.0)  # it began before a restart
+
+    async def _succeed(self, run_id: str, stage: AnyStage, made: StageResult, *, reused: bool) -> None:
+        name = stage.name
         refs = [ref_of(ref) for ref in stage.files(stage.read(made.result))]
         folder = self._folder(run_id)
-        await self._patiently(run_id, stage, "the artifact store", threaded(folder.place, refs))
-        record = await self.book.change(
+        if refs:
+            place = threaded(folder.place, refs, pool=BYTES)
+            await self._patiently(run_id, name, "the artifact store", place)
+        record = await self._change(
             run_id,
             lambda record: record.with_stage(
                 name,
@@ -248,24 +313,26 @@ class RunWorkflow:
                 result=made.result,
                 versions=made.versions,
                 key=made.key,
+                work_seconds=made.work_seconds,
                 reused_from_run=made.run_id if reused else "",
                 ended_at=time.time(),
             ),
         )
         done = record.stage(name)
-        how = (
+        stage_ended(done)
+        outcome = (
             f"taken over from {made.run_id}" if reused else f"done in {done.ended_at - done.started_at:.1f} s"
         )
-        await self._log(run_id, f"{name}: {how}")
+        await self._log(run_id, f"{name}: {outcome}")
         await self._write(run_id)
         with contextlib.suppress(Cancelled):  # the stage is done, and the run's end publishes too
-            await self._patiently(run_id, stage, "the artifact store", threaded(folder.publish))
+            await self._patiently(run_id, name, "the artifact store", threaded(folder.publish, pool=BYTES))
 
-    async def _fail(self, run_id: str, name: str, outcome: Json, key: str) -> None:
-        error = JobFailure(**outcome["error"]) if "error" in outcome else None
+    async def _fail(self, run_id: str, name: str, ended: Ended, key: str = "") -> bool:
+        """Write down how a stage ended without a result; the run does not go on."""
+        error, note = (ended.error, "") if isinstance(ended, Failed) else (None, ended.note)
         state = StageState.FAILED if error else StageState.CANCELLED
-        note = outcome.get("note", "")
-        await self.book.change(
+        record = await self._change(
             run_id,
             lambda record: record.with_stage(
                 name,
@@ -276,16 +343,17 @@ class RunWorkflow:
                 progress=Progress(phase="cancelled", message=note) if note else record.stage(name).progress,
             ),
         )
+        stage_ended(record.stage(name))
         text = f"failed: {error.message}" if error else f"cancelled. {note}".rstrip()
         log.warning("run %s: %s %s", run_id, name, text)
         await self._log(run_id, f"{name}: {text}")
+        return False
 
-    async def _end(self, run_id: str, failed: Json | None = None) -> bool:
+    async def _end(self, run_id: str, failure: JobFailure | None = None) -> bool:
         """Bring a run into the terminal state that its stages or its own failure mean, its folder first."""
-        record = await self.book.get(run_id)
+        record = await self.book.get(run_id, _logged(run_id))
         if record.state.terminal:
             return True
-        failure = JobFailure(**failed) if failed else None
         error = failure or next((stage.error for stage in record.stages if stage.error), None)
         if error:
             state = RunState.FAILED
@@ -298,7 +366,7 @@ class RunWorkflow:
         def end(record: RunRecord) -> RunRecord:
             if failure:  # whatever was at work has ended with the run
                 for stage in record.stages:
-                    if stage.state is StageState.RUNNING:
+                    if stage.state in (StageState.QUEUED, StageState.RUNNING):
                         record = record.with_stage(
                             stage.name, state=StageState.FAILED, error=failure, ended_at=now
                         )
@@ -311,13 +379,17 @@ class RunWorkflow:
             await asyncio.to_thread(folder.publish)
         except Web4Error as problem:  # the run's end must not depend on its folder
             log.warning("run %s: its folder is incomplete: %s", run_id, problem.message)
-        await self.book.change(run_id, end)
+        run_ended(await self._change(run_id, end))
+        await self.scheduler.places.forget([run_id])
         return True
 
     async def _write(self, run_id: str) -> None:
-        """Write run.json as of now."""
-        record = await self.book.get(run_id)
-        await asyncio.to_thread(self._folder(run_id).write_facts, run_json(record))
+        """Write run.json as of now; a run must not depend on it, and it is written anew after every stage."""
+        record = await self.book.get(run_id, _logged(run_id))
+        try:
+            await asyncio.to_thread(self._folder(run_id).write_facts, run_json(record))
+        except Web4Error as error:
+            log.warning("run %s: run.json is not up to date: %s", run_id, error.message)
 
     async def _log(self, run_id: str, line: str) -> None:
         """Add a line to the run's log; a run must not depend on it."""
@@ -327,9 +399,20 @@ class RunWorkflow:
             log.warning("run %s: %s (%s)", run_id, line, error.message)
 
     async def _patiently(
-        self, run_id: str, stage: Stage, who: str, call: Callable[[], Coroutine[Any, Any, Any]]
+        self, run_id: str, name: str, who: str, call: Callable[[], Coroutine[Any, Any, Any]]
     ) -> Any:
-        return await patiently(call, who, self._report(run_id, stage.name), self.book.cancelled(run_id))
+        return await patiently(call, who, self._report(run_id, name), self.book.cancelled(run_id))
+
+    async def _change(self, run_id: str, change: Callable[[RunRecord], RunRecord]) -> RunRecord:
+        """Change a run that is carried on here, waiting for the database as long as it takes."""
+        record = await self.book.get(run_id, _logged(run_id))
+        at_work = (StageState.QUEUED, StageState.RUNNING)
+        running = [stage.name for stage in record.stages if stage.state in at_work]
+        waiting = self._waiting(run_id, running[-1]) if running else _logged(run_id)
+        return await self.book.change(run_id, change, carried=True, waiting=waiting)
+
+    def _waiting(self, run_id: str, stage: str) -> Waiting:
+        return lambda line: self.book.progress(run_id, stage, Progress(phase="wait", message=f"{line} …"))
 
     def _report(self, run_id: str, stage: str) -> Callable[[Progress], Awaitable[None]]:
         return lambda progress: self.book.progress(run_id, stage, progress)
@@ -338,17 +421,31 @@ class RunWorkflow:
         return RunFolder(run_id, self.store, self.settings.outputs_dir, self.settings.state_dir)
 
 
-async def _step(name: str, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
-    return await DBOS.run_step_async({"name": name}, function, *args)
+def _logged(run_id: str) -> Waiting:
+    async def waiting(line: str) -> None:
+        log.warning("%s: %s", run_id, line)
+
+    return waiting
 
 
-def _outcome(error: Web4Error) -> Json:
-    if isinstance(error, Cancelled):
-        return {"cancelled": True}
-    return {"error": asdict(JobFailure.of(error))}
+async def _step(name: str, kept: Kept[T], function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
+    """Take a step, once: what it came to is kept as JSON, and read back when the run is taken up again."""
+
+    async def take() -> Any:
+        with step(name):
+            return kept.to_json(await function(*args))
+
+    return kept.from_json(await DBOS.run_step_async({"name": name}, take))
+
+
+def _stage_of(record: RunRecord, name: str) -> AnyStage:
+    return stages_of(Pipeline.from_json(record.pipeline))[name]
 
 
 def _failure(error: Exception) -> JobFailure:
+    """Say for callers that something was not foreseen; its text, which may hold SQL, is in the log alone."""
     return JobFailure(
-        "INTERNAL", f"{type(error).__name__}: {error}", "This is a defect; the gateway's log has the details."
+        "INTERNAL",
+        f"An error that was not foreseen ({type(error).__name__}).",
+        "This is a defect; the gateway's log has the details.",
     )

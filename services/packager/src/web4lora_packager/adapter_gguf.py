@@ -11,15 +11,21 @@ from pathlib import Path
 
 import numpy as np
 from web4lora_chassis.errors import DataLoss, FailedPrecondition
+from web4lora_chassis.model_files.gguf import GgufHeader
 
 from web4lora_packager.adapter import Adapter
-from web4lora_packager.gguf_file import GgufHeader, read_header
+from web4lora_packager.check import read_made
+from web4lora_packager.layout import Layout
 
 ADAPTER_NAME = "adapter.gguf"
 
 
-def require_convertible(adapter: Adapter) -> None:
+def require_convertible(adapter: Adapter, layout: Layout) -> None:
     """Refuse an adapter that a GGUF would not hold as it was trained.
+
+    Args:
+        adapter: The adapter.
+        layout: How Transformers reads its base.
 
     Raises:
         FailedPrecondition: It has what a GGUF adapter can't say.
@@ -29,7 +35,7 @@ def require_convertible(adapter: Adapter) -> None:
         "use_rslora": config.rank_stabilized,
         "alpha_pattern": bool(config.alpha_pattern),
         "modules_to_save": bool(config.modules_to_save),
-        "fan_in_fan_out": config.fan_in_fan_out,
+        "weights stored as (in, out)": not layout.transposed.isdisjoint(adapter.plan()),
     }
     found = [key for key, given in beyond.items() if given]
     if found:
@@ -54,15 +60,15 @@ def check_adapter(path: Path, adapter: Adapter) -> GgufHeader:
     Raises:
         DataLoss: They differ; the message says in what.
     """
-    header = read_header(path)
+    header = read_made(path)
     weights = sum(prod(shape) for shape in adapter.shapes.values())
     found = (header.kind, header.alpha, header.parameters)
     wanted = ("adapter", float(np.float32(adapter.config.alpha)), weights)
     if found != wanted:
-        told = "kind {}, alpha {}, {:,} weights"
+        facts = "kind {}, alpha {}, {:,} weights"
         raise DataLoss(
-            f"{path.name} failed its check: it has {told.format(*found)}, the adapter "
-            f"{told.format(*wanted)}.",
+            f"{path.name} failed its check: it has {facts.format(*found)}, the adapter "
+            f"{facts.format(*wanted)}.",
             fix="Package again.",
             reason="GGUF_CHECK_FAILED",
         )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore
 from web4lora_chassis.jobs import Progress
 from web4lora_llamacpp import LlamaCpp
 
+from web4lora_packager.check import read_made
 from web4lora_packager.convert import convert
-from web4lora_packager.gguf_file import read_header
 from web4lora_packager.quantize import quantize
 from web4lora_packager.steps import Steps
 from web4lora_packager.versions import tool_versions
-
-_FILE = "base_model.gguf"
 
 
 class BaseGgufs:
@@ -27,6 +25,7 @@ class BaseGgufs:
         folder: Its files.
         llama: Brings the converter and llama-quantize.
         work: The job's working folder.
+        name: The base's own name, for its GGUF.
         report: Takes progress.
     """
 
@@ -37,6 +36,7 @@ class BaseGgufs:
         folder: Path,
         llama: LlamaCpp,
         work: Path,
+        name: str,
         report: Callable[[Progress], None],
     ) -> None:
         self._store = store
@@ -44,40 +44,48 @@ class BaseGgufs:
         self._folder = folder
         self._llama = llama
         self._work = work
+        self._name = name
         self._report = report
         self._tools = tool_versions() | {"llama.cpp": llama.version}
         self._steps = Steps(work)
 
-    def reference(self, gguf_type: str) -> ArtifactRef:
+    def reference(self, gguf_type: str, stops: Sequence[int] = ()) -> ArtifactRef:
         """Return the 16-bit one.
 
         Args:
             gguf_type: F16 or BF16: that of the merged model, so that both are compared alike.
+            stops: Tokens that must end generation, whatever the base says: those that adapters were trained
+                with.
 
         Raises:
             Internal: The converter failed.
             OutOfMemory: It was killed.
             Unavailable: The store is out of reach.
         """
-        target = self._work / _FILE
+        target = self._work / _file(stops)
 
         def make() -> Mapping[str, object]:
             convert(
                 self._llama, self._folder, target,
-                gguf_type=gguf_type, name=self._base.name, log=self._work / "tools.log", report=self._report,
+                gguf_type=gguf_type, name=self._name, stops=stops, log=self._work / "tools.log",
+                report=self._report,
             )  # fmt: skip
             return {}
 
-        return self._kept(_FILE, {"type": gguf_type}) or self._made(
-            f"convert-base-{gguf_type}", target, make, {"type": gguf_type}
+        parameters = {"type": gguf_type, "name": self._name, **_stops_parameter(stops)}
+        return self._kept(target.name, parameters) or self._made(
+            f"convert-{target.stem}-{gguf_type}", target, make, parameters
         )
 
-    def quantized(self, quantization: str, gguf_type: str) -> tuple[ArtifactRef, Path]:
+    def quantized(
+        self, quantization: str, gguf_type: str, stops: Sequence[int] = ()
+    ) -> tuple[ArtifactRef, Path]:
         """Return a quantized one, and where it lies in the working folder.
 
         Args:
             quantization: The type.
             gguf_type: Of the 16-bit one that it is made from.
+            stops: As for `reference`.
 
         Raises:
             Internal: The converter or llama-quantize failed.
@@ -86,17 +94,17 @@ class BaseGgufs:
             Unavailable: The store is out of reach.
         """
         target = self._work / f"base.{quantization}.gguf"
-        parameters = {"type": quantization, "from": gguf_type}
+        parameters = {"type": quantization, "from": gguf_type, "name": self._name, **_stops_parameter(stops)}
         if ref := self._kept(target.name, parameters):
             self._store.get(ref, self._work)
             return ref, target
-        reference = self.reference(gguf_type)
+        reference, whole = self.reference(gguf_type, stops), self._work / _file(stops)
 
         def make() -> Mapping[str, object]:
             self._store.get(reference, self._work)
             quantize(
-                self._llama, self._work / _FILE, target,
-                quantization=quantization, parameters=read_header(self._work / _FILE).parameters, matrix=None,
+                self._llama, whole, target,
+                quantization=quantization, parameters=read_made(whole).parameters, matrix=None,
                 log=self._work / "tools.log", report=self._report,
             )  # fmt: skip
             return {}
@@ -127,3 +135,12 @@ class BaseGgufs:
             "gguf", self._base.name, {target.name: target},
             inputs=[self._base], parameters=parameters, tools=self._tools, created_by="packager",
         )  # fmt: skip
+
+
+def _file(stops: Sequence[int]) -> str:
+    return f"base_model{'-stops' if stops else ''}.gguf"
+
+
+def _stops_parameter(stops: Sequence[int]) -> dict[str, str]:
+    """Return what tells a base with stops of its own from the others."""
+    return {"stops": ",".join(map(str, stops))} if stops else {}

@@ -1,38 +1,18 @@
-"""A base model's chat template, rendered as transformers does it, and its special tokens."""
+"""What a base's tokenizer files say that matters for packaging: chat template, special tokens, ends."""
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.nodes import CallBlock, Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from web4lora_chassis.errors import InvalidInput
+from web4lora_chassis.errors import InvalidInput, shown
+from web4lora_chassis.model_files.chat_template import SPECIAL_TOKENS, ChatTemplate, Message, template_in
+from web4lora_chassis.model_files.model_folder import read_json
 
-from web4lora_packager.checkpoint import read_json
-
-Message = Mapping[str, str]
-
-
-class _Generation(Extension):
-    """Lets `{% generation %}` through, which marks what is trained on."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own form
-
-    def parse(self, parser: Parser) -> Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Any) -> str:
-        return str(caller())
+_ID_LIMIT = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -51,65 +31,67 @@ class Tokenizer:
     special: Mapping[str, str]
     end_ids: tuple[int, ...]
 
-    def render(self, messages: Sequence[Message], *, answer_next: bool) -> str:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, answer_next: bool
+    ) -> str:
         """Return a conversation as the model reads it.
 
         Args:
             messages: Role and content of each turn.
+            tools: What the assistant may call.
             answer_next: End with the beginning of the assistant's turn.
 
         Raises:
             InvalidInput: The template refuses these messages or is broken.
         """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=answer_next, tools=None, documents=None,
-                **self.special,
-            )  # fmt: skip
-        except jinja2.TemplateError as error:
-            raise InvalidInput(f"The base's chat template can't render this: {error}.") from error
+        return self.renderer.render(messages, tools=list(tools) or None, answer_next=answer_next)
+
+    @cached_property
+    def renderer(self) -> ChatTemplate:
+        """The template, ready to render."""
+        return ChatTemplate(self.chat_template, self.special)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """Read a checkpoint's tokenizer files.
+    """Read the tokenizer's files of a model's folder.
 
     Raises:
         InvalidInput: A file is missing or broken.
     """
     config = _read(folder / "tokenizer_config.json")
-    added = {
-        str(token["content"]): int(token["id"])
-        for token in _read(folder / "tokenizer.json").get("added_tokens", [])
-    }
+    added = _added(_read(folder / "tokenizer.json"), folder / "tokenizer.json")
     named = {**_read(folder / "special_tokens_map.json"), **config}
-    special = {
-        role: text
-        for role in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if (text := _text(named.get(role)))
-    }
+    special = {role: text for role in SPECIAL_TOKENS if (text := _text(named.get(role)))}
     ends: list[int] = []
     for name in ("generation_config.json", "config.json"):
         given = _read(folder / name).get("eos_token_id")
         ends += given if isinstance(given, list) else [given] if given is not None else []
-    return Tokenizer(_template(folder, config), added, special, tuple(dict.fromkeys(ends)))
+    return Tokenizer(template_in(folder, config), added, special, tuple(dict.fromkeys(ends)))
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return the default template from where transformers' versions have kept it."""
-    own = folder / "chat_template.jinja"
-    if own.is_file():
-        return own.read_bytes().decode("utf-8")
-    template = _read(folder / "chat_template.json").get("chat_template") or config.get("chat_template") or ""
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default", "")
-    return str(template)
+def _added(data: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """Return the ids of the added tokens by their text.
+
+    Raises:
+        InvalidInput: One of them is none; what the trainer lets in has no such.
+    """
+    given = data.get("added_tokens") or []
+    added: dict[str, int] = {}
+    for token in given if isinstance(given, list) else [given]:
+        text, number = (token.get("content"), token.get("id")) if isinstance(token, dict) else ("", -1)
+        if not isinstance(text, str) or type(number) is not int or not _is_token(text, number):
+            raise InvalidInput(
+                f"{path} has the added token {shown(token)}, which is no text with an id.",
+                fix="Fetch the model again.",
+                reason="MODEL_BROKEN",
+            )
+        added[text] = number
+    return added
+
+
+def _is_token(text: str, number: int) -> bool:
+    """Tell whether this can be a token: halves of surrogate pairs can't, and ids have 31 bits."""
+    return 0 <= number < _ID_LIMIT and not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -118,11 +100,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _text(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

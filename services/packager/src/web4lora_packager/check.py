@@ -1,23 +1,27 @@
-"""Checks a GGUF file: what its header says, and that llama-server loads it and answers."""
+"""Checks a GGUF file that was made here: what its header says, and that llama-server loads it and answers."""
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-from web4lora_chassis.errors import DataLoss
+import httpx2
+from web4lora_chassis.errors import DataLoss, FailedPrecondition, InvalidInput, NotFound
+from web4lora_chassis.model_files.gguf import K_BLOCK_WEIGHTS, GgufHeader, read_gguf
 from web4lora_llamacpp import LlamaCpp, LlamaServer
 
 from web4lora_packager.chat_template import Tokenizer
-from web4lora_packager.gguf_file import GgufHeader
 
 _PROMPT = "Say hello in one sentence."
 _ANSWER_TOKENS = 24
 _CONTEXT_TOKENS = 512
 _ANSWER_TIMEOUT_SECONDS = 600.0
 _SAMPLE_CHARACTERS = 120
+_TELL_ENDS = ("--verbosity", "4")
+_END = re.compile(rb"EOG token\s+= (\d+) ")
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,48 @@ class Loaded:
     Attributes:
         load_seconds: From starting the server to its being ready.
         sample: What it answered, on one line, shortened.
+        end_ids: Tokens that llama.cpp takes as an end of generation, by their ids.
     """
 
     load_seconds: float
     sample: str
+    end_ids: frozenset[int] = frozenset()
+
+
+def read_made(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file that a tool of ours has just written.
+
+    Raises:
+        DataLoss: It is no GGUF file, or holds no model, or was cut off.
+    """
+    try:
+        header, size = read_gguf(path), path.stat().st_size
+    except (InvalidInput, NotFound) as error:
+        raise DataLoss(error.message, fix="Package again.", reason="GGUF_BROKEN") from error
+    if not header.architecture or not header.parameters:
+        raise DataLoss(f"{path} holds no model.", fix="Package again.", reason="GGUF_BROKEN")
+    if size < header.end_bytes:
+        raise DataLoss(
+            f"{path} is cut off: it has {size:,} of {header.end_bytes:,} bytes.",
+            fix="Package again.",
+            reason="GGUF_BROKEN",
+        )
+    return header
+
+
+def contents(header: GgufHeader, kind: str) -> str:
+    """Return which types a file really has, in words; empty where its type's blocks fit all its rows.
+
+    Args:
+        header: The file's header.
+        kind: Its type, such as Q4_K_M.
+    """
+    if not header.odd_rows or not ("_K" in kind or kind.startswith("IQ")) or kind == "IQ4_NL":
+        return ""
+    counts = header.weights_by_type.items()
+    shares = [f"{100 * count / header.parameters:.0f} % {name}" for name, count in counts if name != "F32"]
+    rows = " and ".join(str(length) for length in header.odd_rows)
+    return f"{', '.join(shares)}, because rows of {rows} are no multiples of {K_BLOCK_WEIGHTS}"
 
 
 def check_header(header: GgufHeader, tokenizer: Tokenizer, reference: GgufHeader | None, name: str) -> None:
@@ -47,19 +89,17 @@ def check_header(header: GgufHeader, tokenizer: Tokenizer, reference: GgufHeader
     """
     if header.chat_template != tokenizer.chat_template:
         raise _wrong(name, "its chat template is not the base's")
-    for role, found in (("eos_token", header.eos_id), ("bos_token", header.bos_id)):
+    for role, found in (("eos_token", header.token_id("eos")), ("bos_token", header.token_id("bos"))):
         expected = tokenizer.added.get(tokenizer.special.get(role, ""))
         if expected is not None and found != expected:
             raise _wrong(name, f"its {role} has the id {found}, the base's tokenizer says {expected}")
     if reference is None:
         return
-    if (header.architecture, header.tensors, header.parameters) != (
-        reference.architecture, reference.tensors, reference.parameters,
-    ):  # fmt: skip
+    if (header.architecture, header.shapes) != (reference.architecture, reference.shapes):
         raise _wrong(
             name,
-            f"it has {header.tensors} tensors with {header.parameters:,} weights, the 16-bit file "
-            f"{reference.tensors} with {reference.parameters:,}",
+            f"its {len(header.tensors)} tensors with {header.parameters:,} weights are not the "
+            f"{len(reference.tensors)} with {reference.parameters:,} of the 16-bit file",
         )
 
 
@@ -81,15 +121,39 @@ def check_loads(
         DataLoss: It loads, but does not answer.
         Unavailable: It took too long.
     """
-    started = time.monotonic()
+    started, log_start = time.monotonic(), log.stat().st_size if log.is_file() else 0
     adapters = [(adapter, 1.0)] if adapter else []
     with LlamaServer(
-        llama, gguf, context_tokens=_CONTEXT_TOKENS, parallel=1, log_file=log, adapters=adapters
-    ) as server:
+        llama, gguf,
+        context_tokens=_CONTEXT_TOKENS, parallel=1, log_file=log, adapters=adapters, options=_TELL_ENDS,
+    ) as server:  # fmt: skip
         server.wait_ready(timeout_seconds)
         load_seconds = time.monotonic() - started
         sample = _ask(server.endpoint, gguf.name)
-    return Loaded(load_seconds, sample)
+    with log.open("rb") as file:
+        file.seek(log_start)
+        ends = frozenset(int(found) for found in _END.findall(file.read()))
+    return Loaded(load_seconds, sample, ends)
+
+
+def check_stops(loaded: Loaded, stops: Iterable[int], name: str) -> None:
+    """Refuse a file whose answers would not end where training ended them.
+
+    Args:
+        loaded: The file's load check.
+        stops: Tokens that training put behind answers, by their ids.
+        name: The file's name, for messages.
+
+    Raises:
+        FailedPrecondition: llama.cpp takes one of them for a token like any other.
+    """
+    if missing := sorted(set(stops) - loaded.end_ids):
+        raise FailedPrecondition(
+            f"{name}: training ended answers with the token {missing[0]}, where llama.cpp goes on; "
+            f"it ends at {sorted(loaded.end_ids)}.",
+            fix="Use a base whose chat template ends turns with a token that llama.cpp knows.",
+            reason="STOPS_UNKNOWN",
+        )
 
 
 def _ask(endpoint: str, name: str) -> str:
@@ -100,13 +164,13 @@ def _ask(endpoint: str, name: str) -> str:
         "seed": 0,
     }
     try:
-        answer = httpx.post(
+        answer = httpx2.post(
             f"{endpoint}/chat/completions", json=body, timeout=_ANSWER_TIMEOUT_SECONDS, trust_env=False
         )
         answer.raise_for_status()
         data = answer.json()
         message, tokens = data["choices"][0]["message"], int(data["usage"]["completion_tokens"])
-    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
         raise _wrong(name, f"it loads, but does not answer: {error!r}") from error
     if tokens < 1:
         raise _wrong(name, "it loads, but answers with nothing")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
@@ -17,22 +17,20 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput
-
-from web4lora_packager.adapter import Adapter, LowRank, Replacement
-from web4lora_packager.checkpoint import (
-    FLOATS,
+from web4lora_chassis.model_files.model_folder import (
     INDEX_NAME,
-    Checkpoint,
-    Tensor,
-    header_of,
-    read_checkpoint,
+    ModelFolder,
+    is_model_file,
     read_json,
+    read_model_folder,
 )
+from web4lora_chassis.model_files.safetensors import Tensor
 
-_BLOCK_ELEMENTS = 8 << 20
+from web4lora_packager.adapter import ADAPTER_FILES, Adapter, LowRank, Replacement
+from web4lora_packager.layout import Layout
+from web4lora_packager.tensors import FLOATS, blocks, header_of
+
 _CHUNK_BYTES = 16 << 20
-_HEAD = "lm_head.weight"
-_EMBEDDING = "embed_tokens.weight"
 # Without their sign, numbers of a type are ordered as integers are. Beyond the largest finite one are
 # infinities and NaN. By type: the integer type, all bits but the sign's, the largest finite number.
 _BITS: Mapping[str, tuple[Any, int, int]] = {
@@ -83,7 +81,8 @@ class _Tally:
         largest = (data.view(unsigned) & unsigned(mask)).max()
         if largest > limit:
             raise FailedPrecondition(
-                f"{tensor.path.name}: {tensor.name} has, after merging, values that are not finite.",
+                f"{tensor.path.name}: {tensor.name} has, after merging {ADAPTER_FILES[1]}, "
+                "values that are not finite.",
                 fix="The base's type is too narrow for this adapter, or the base is broken.",
                 reason="MERGE_NOT_FINITE",
             )
@@ -91,13 +90,27 @@ class _Tally:
         self.max_abs = max(self.max_abs, float(value))
 
 
-def merge(base: Path, adapter: Path, target: Path, advance: Callable[[int], None]) -> Merged:
-    """Write base plus adapter as a checkpoint of the base's own layout.
+@dataclass(frozen=True)
+class _Change:
+    """What happens to a tensor of the files.
+
+    Attributes:
+        change: What the adapter does.
+        transposed: The tensor is stored as (in, out).
+    """
+
+    change: LowRank | Replacement
+    transposed: bool
+
+
+def merge(base: Path, adapter: Path, target: Path, layout: Layout, advance: Callable[[int], None]) -> Merged:
+    """Write base plus adapter as a model folder of the base's own layout.
 
     Args:
         base: The base model's folder.
         adapter: The adapter's folder.
         target: The folder to write; made here, must be empty.
+        layout: How Transformers reads the base.
         advance: Called with the number of bytes of weights just written.
 
     Raises:
@@ -105,22 +118,28 @@ def merge(base: Path, adapter: Path, target: Path, advance: Callable[[int], None
         FailedPrecondition: The adapter is of a kind that is not merged here, does not fit the base, changes
             nothing, or gives numbers that are not finite.
     """
-    model, lora = read_checkpoint(base), Adapter(adapter)
-    changes = lora.plan()
-    untied = _untied_head(model, changes)
-    _check_fit(model, lora, changes, untied)
+    model, lora = read_model_folder(base), Adapter(adapter)
+    plan = lora.plan()
+    parted = parted_ties(layout, plan)
+    added = _added(model, layout, parted)
+    names = {**layout.names, **{tensor.name: tensor.name for tensor in added}}
+    if unknown := sorted(plan.keys() - names.keys()):
+        raise _misfit(lora, f"it changes {unknown[0]}, which the base does not have")
+    changes = {
+        names[parameter]: _Change(change, parameter in layout.transposed)
+        for parameter, change in plan.items()
+    }
+    _check_fit(model, lora, changes, added)
     target.mkdir(parents=True, exist_ok=True)
-    _copy_files(model, target, untied)
+    _copy_files(model, target, added, untie=bool(parted))
     tally = _Tally(advance)
     last = model.shards[-1]
     for shard in model.shards:
-        added = untied if shard is last else None
+        behind = added if shard is last else ()
         with (target / shard.path.name).open("xb") as out:
-            out.write(header_of(shard, added) if added else shard.header)
-            for tensor in shard.tensors:
+            out.write(header_of(shard, behind) if behind else shard.header)
+            for tensor in (*shard.tensors, *behind):
                 _write(out, tensor, changes.get(tensor.name), lora, tally)
-            if added:
-                _write(out, added, changes.get(_HEAD), lora, tally)
     if tally.change_squared == 0:
         raise FailedPrecondition(
             f"{lora.path} changes nothing: merged and base weights are equal.",
@@ -137,41 +156,41 @@ def merge(base: Path, adapter: Path, target: Path, advance: Callable[[int], None
     )
 
 
-def _untied_head(model: Checkpoint, changes: dict[str, LowRank | Replacement]) -> Tensor | None:
-    """Return the output head to add when it shared the embedding's weights and the adapter parts the two.
+def parted_ties(layout: Layout, changed: Collection[str]) -> dict[str, str]:
+    """Return the tied parameters, such as head and embedding, that an adapter makes differ."""
+    return {one: other for one, other in layout.tied.items() if one in changed or other in changed}
 
-    Raises:
-        FailedPrecondition: It is not clear which tensor they share.
-    """
-    parted = [name for name in changes if name == _HEAD or name.endswith(_EMBEDDING)]
-    if not parted or not model.config.get("tie_word_embeddings", False) or _HEAD in model.tensors:
-        return None
-    embeddings = [tensor for name, tensor in model.tensors.items() if name.endswith(_EMBEDDING)]
-    if len(embeddings) != 1:
-        raise FailedPrecondition(
-            f"{model.folder}: the adapter changes {parted[0]}, which is tied, and its partner is not known.",
-            fix="Train without the embedding and the output head.",
-            reason="ADAPTER_UNSUPPORTED",
-        )
-    return replace(embeddings[0], name=_HEAD)
+
+def _added(model: ModelFolder, layout: Layout, parted: Mapping[str, str]) -> tuple[Tensor, ...]:
+    """Return the tensors to add to the files: those that were not stored because they were another one."""
+    added = []
+    for pair in parted.items():
+        stored = [layout.names[name] for name in pair if name in layout.names]
+        if not stored:
+            raise FailedPrecondition(
+                f"{model.folder} has neither {pair[0]} nor {pair[1]}, which the adapter changes.",
+                fix="Fetch the base model again.",
+                reason="ADAPTER_MISFIT",
+            )
+        added += [replace(model.tensors[stored[0]], name=name) for name in pair if name not in layout.names]
+    return tuple(added)
 
 
 def _check_fit(
-    model: Checkpoint, lora: Adapter, changes: dict[str, LowRank | Replacement], untied: Tensor | None
+    model: ModelFolder, lora: Adapter, changes: Mapping[str, _Change], added: tuple[Tensor, ...]
 ) -> None:
     """Refuse an adapter whose targets the base lacks, or has in another shape or type."""
-    tensors = model.tensors | ({_HEAD: untied} if untied else {})
-    for name, change in changes.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            raise _misfit(lora, f"it changes {name}, which the base does not have")
+    tensors = {**model.tensors, **{tensor.name: tensor for tensor in added}}
+    for name, planned in changes.items():
+        change = planned.change
+        tensor = tensors[name]
         if tensor.dtype not in FLOATS:
             raise _misfit(lora, f"the base's {name} is of type {tensor.dtype}")
         if isinstance(change, Replacement):
             shape = lora.shapes[change.source]
         else:
             shape = (lora.shapes[change.up][0], lora.shapes[change.down][1])
-            shape = shape[::-1] if lora.config.fan_in_fan_out else shape
+            shape = shape[::-1] if planned.transposed else shape
         if shape != tensor.shape:
             raise _misfit(lora, f"{name} is {tensor.shape} in the base and {shape} in the adapter")
 
@@ -184,16 +203,18 @@ def _misfit(lora: Adapter, why: str) -> FailedPrecondition:
     )
 
 
-def _write(
-    out: IO[bytes], tensor: Tensor, change: LowRank | Replacement | None, lora: Adapter, tally: _Tally
-) -> None:
+def _write(out: IO[bytes], tensor: Tensor, planned: _Change | None, lora: Adapter, tally: _Tally) -> None:
     """Write a tensor, changed or as it is."""
-    if change is None:
+    if planned is None:
         for data in _chunks(tensor):
             out.write(data.data)
             tally.wrote(tensor, data)
         return
-    rows = _updated(tensor, change, lora) if isinstance(change, LowRank) else _replaced(tensor, change, lora)
+    change = planned.change
+    if isinstance(change, LowRank):
+        rows = _updated(tensor, change, lora, transposed=planned.transposed)
+    else:
+        rows = _replaced(tensor, change, lora)
     for old, new in rows:
         with np.errstate(over="ignore"):  # an infinity is refused when it is counted
             rounded = new.astype(FLOATS[tensor.dtype])
@@ -205,12 +226,12 @@ def _write(
 
 
 def _updated(
-    tensor: Tensor, change: LowRank, lora: Adapter
+    tensor: Tensor, change: LowRank, lora: Adapter, *, transposed: bool
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Yield blocks of rows of a weight as they were and with the low-rank product added, in float32."""
     down, up = lora.read(change.down), lora.read(change.up)
-    left, right = (down.T, up.T) if lora.config.fan_in_fan_out else (up, down)
-    for start, old in _blocks(tensor):
+    left, right = (down.T, up.T) if transposed else (up, down)
+    for start, old in blocks(tensor):
         product = left[start : start + len(old)] @ right
         yield old, old + np.float32(change.scale) * product
 
@@ -219,22 +240,9 @@ def _replaced(
     tensor: Tensor, change: Replacement, lora: Adapter
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Yield blocks of rows of a weight as they were and as the adapter has them, in float32."""
-    whole = lora.read(change.source)
-    for start, old in _blocks(tensor):
-        yield old, whole[start : start + len(old)]
-
-
-def _blocks(tensor: Tensor) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield a tensor's rows in float32, some at a time, each with the number of its first row."""
-    dtype = FLOATS[tensor.dtype]
-    width = int(np.prod(tensor.shape[1:], dtype=np.int64))
-    step = max(1, _BLOCK_ELEMENTS // max(1, width))
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        for start in range(0, tensor.shape[0], step):
-            rows = min(step, tensor.shape[0] - start)
-            data = np.fromfile(file, dtype=dtype, count=rows * width)
-            yield start, data.reshape(rows, *tensor.shape[1:]).astype(np.float32)
+    # Both have the same shape, so they come in the same blocks, whatever their types.
+    for (_, old), (_, new) in zip(blocks(tensor), lora.blocks(change.source), strict=True):
+        yield old, new
 
 
 def _chunks(tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
@@ -250,19 +258,22 @@ def _chunks(tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
             yield data
 
 
-def _copy_files(model: Checkpoint, target: Path, untied: Tensor | None) -> None:
-    """Copy everything but the weights, byte for byte; only an untied head changes configuration and index."""
-    weights = {shard.path.name for shard in model.shards}
+def _copy_files(model: ModelFolder, target: Path, added: tuple[Tensor, ...], *, untie: bool) -> None:
+    """Copy the known files beside the weights, byte for byte; parted ties change configuration and index."""
     for path in sorted(model.folder.iterdir()):
-        if path.is_file() and path.name not in weights and path.suffix != ".safetensors":
+        if path.is_file() and is_model_file(path.name):
             shutil.copyfile(path, target / path.name)
-    if untied is None:
+    if not untie:
         return
     config = {**model.config, "tie_word_embeddings": False}
+    for key, part in model.config.items():  # models of more than language keep a configuration for each part
+        if isinstance(part, dict) and "tie_word_embeddings" in part:
+            config[key] = {**part, "tie_word_embeddings": False}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if (model.folder / INDEX_NAME).is_file():
+    if added and (model.folder / INDEX_NAME).is_file():
         index = read_json(model.folder / INDEX_NAME)
-        index["weight_map"][_HEAD] = model.shards[-1].path.name
-        if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] += untied.size_bytes
+        for tensor in added:
+            index["weight_map"][tensor.name] = model.shards[-1].path.name
+            if "total_size" in index.get("metadata", {}):
+                index["metadata"]["total_size"] += tensor.size_bytes
         (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -6,17 +6,17 @@ is served differs from what it was trained on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
-from web4lora_chassis.errors import InvalidInput
+from web4lora_chassis.model_files.modelfile import LICENCE, STOP, SYSTEM, quoted
 
 from web4lora_packager.chat_template import Tokenizer
 
 _USER = "3f2a user 9c1e"
 _ANSWER = "7b4d answer 2e8f"
-_SYSTEM = "5d6c system 1a0b"
 
 
 @dataclass(frozen=True)
@@ -60,54 +60,39 @@ def modelfile(gguf_name: str, parameters: ModelParameters) -> str:
     """
     lines = [
         f"FROM ./{gguf_name}",
-        *(f"PARAMETER stop {_quoted(stop)}" for stop in parameters.stop),
+        *(f"PARAMETER stop {quoted(stop, STOP)}" for stop in parameters.stop),
         f"PARAMETER temperature {parameters.temperature:g}",
         f"PARAMETER num_ctx {parameters.context_tokens}",
     ]
     if parameters.system:
-        lines.append(f"SYSTEM {_quoted(parameters.system)}")
+        lines.append(f"SYSTEM {quoted(parameters.system, SYSTEM)}")
     if parameters.licence:
-        lines.append(f"LICENSE {_quoted(parameters.licence)}")
+        lines.append(f"LICENSE {quoted(parameters.licence, LICENCE)}")
     return "\n".join(lines) + "\n"
 
 
-def stop_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return what ends an answer: the end-of-turn token first, then every end-of-text token."""
+def stop_texts(tokenizer: Tokenizer, trained: Sequence[int] = ()) -> tuple[str, ...]:
+    """Return what ends an answer: the end-of-turn token first, then every end-of-text token.
+
+    Args:
+        tokenizer: The base's.
+        trained: Ids of the tokens that training put behind answers.
+    """
     texts = {number: text for text, number in tokenizer.added.items()}
-    found = [_end_of_turn(tokenizer), *(texts.get(number, "") for number in tokenizer.end_ids)]
+    found = [texts.get(number, "") for number in trained]
+    found += [_end_of_turn(tokenizer), *(texts.get(number, "") for number in tokenizer.end_ids)]
     found.append(tokenizer.special.get("eos_token", ""))
     return tuple(dict.fromkeys(text for text in found if text))
 
 
-def default_system(tokenizer: Tokenizer) -> str:
+def default_system(tokenizer: Tokenizer, now: datetime | None = None) -> str:
     """Return the system message that the chat template puts in when there is none, or an empty text.
 
-    It is found by rendering with and without a marked system message, and proved by rendering with it.
+    Args:
+        tokenizer: The base's.
+        now: The date that it writes, where it writes one.
     """
-    if not tokenizer.chat_template:
-        return ""
-    user = {"role": "user", "content": _USER}
-    bare = tokenizer.render([user], answer_next=True)
-    try:
-        marked = tokenizer.render([{"role": "system", "content": _SYSTEM}, user], answer_next=True)
-    except InvalidInput:
-        return ""  # takes no system messages at all
-    before, found, after = marked.partition(_SYSTEM)
-    if not found or len(bare) <= len(before) + len(after):
-        return ""
-    if not (bare.startswith(before) and bare.endswith(after)):
-        return ""
-    system = bare[len(before) : len(bare) - len(after)]
-    proof = tokenizer.render([{"role": "system", "content": system}, user], answer_next=True)
-    return system if proof == bare else ""
-
-
-def licence_of(base: Path, named: str) -> str:
-    """Return the base's licence: its file's text, or the name its manifest gives."""
-    for path in sorted(base.iterdir()):
-        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE")):
-            return path.read_text(encoding="utf-8", errors="replace").strip()
-    return named
+    return tokenizer.renderer.default_system(now)
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> str:
@@ -117,23 +102,3 @@ def _end_of_turn(tokenizer: Tokenizer) -> str:
     turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
     rest = tokenizer.render(turns, answer_next=False).rpartition(_ANSWER)[2].lstrip()
     return max((text for text in tokenizer.added if text and rest.startswith(text)), key=len, default="")
-
-
-def _quoted(text: str) -> str:
-    """Quote a text so that Ollama reads it back unchanged; its quotes know no escapes."""
-    for mark in ('"', '"""') if "\n" not in text else ('"""', '"'):
-        if _survives(text, mark):
-            return f"{mark}{text}{mark}"
-    raise InvalidInput(
-        f"A Modelfile can't hold this text: {text[:60]!r}….",
-        fix="Change the lines that end with quotes, in its licence or template.",
-    )
-
-
-def _survives(text: str, mark: str) -> bool:
-    """Return True when no line's end inside the text looks like the closing quotes."""
-    if mark == '"' and text.startswith('""'):
-        return False
-    lines = (mark + text).split("\n")
-    opened = ["\n".join(lines[: count + 1]).strip() for count in range(len(lines) - 1)]
-    return not any(len(part) >= 2 * len(mark) and part.endswith(mark) for part in opened)

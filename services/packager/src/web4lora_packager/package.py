@@ -13,24 +13,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from web4lora_chassis.artifacts import ArtifactRef, hash_file
-from web4lora_chassis.errors import ResourceExhausted
+from web4lora_chassis.errors import FailedPrecondition, ResourceExhausted
 from web4lora_chassis.jobs import Progress
+from web4lora_chassis.model_files.gguf import GgufHeader
+from web4lora_chassis.model_files.model_folder import ModelFolder, read_model_folder
+from web4lora_chassis.model_files.modelfile import licence_of
+from web4lora_chassis.model_files.trained_conversations import TRAINED_CONVERSATIONS
 from web4lora_llamacpp import LlamaCpp
 
 from web4lora_packager.adapter import Adapter
 from web4lora_packager.adapter_gguf import ADAPTER_NAME, check_adapter, require_convertible
-from web4lora_packager.assertion import assert_merged
 from web4lora_packager.base_gguf import BaseGgufs
 from web4lora_packager.chat_template import Tokenizer, read_tokenizer
-from web4lora_packager.check import Loaded, check_header, check_loads
-from web4lora_packager.checkpoint import read_checkpoint
+from web4lora_packager.check import Loaded, check_header, check_loads, check_stops, contents, read_made
+from web4lora_packager.child import ask
 from web4lora_packager.convert import choose_type, convert, convert_adapter
-from web4lora_packager.gguf_file import GgufHeader, read_header
-from web4lora_packager.merge import Merged, merge
-from web4lora_packager.modelfile import ModelParameters, default_system, licence_of, modelfile, stop_texts
+from web4lora_packager.layout import Layout, read_layout
+from web4lora_packager.merge import Merged, merge, parted_ties
+from web4lora_packager.modelfile import ModelParameters, default_system, modelfile, stop_texts
 from web4lora_packager.quantize import calibration_text, importance_matrix, quantize
 from web4lora_packager.specs import PackageSpec
 from web4lora_packager.steps import Step, Steps
+from web4lora_packager.trained import read_kept, trained_stops
 
 Report = Callable[[Progress], None]
 
@@ -48,8 +52,13 @@ class GgufReport:
     path: Path
     type: str
     size_bytes: int
-    bits_per_weight: float
+    header: GgufHeader
     loaded: Loaded
+
+    @property
+    def contents(self) -> str:
+        """Which types it really has, where that is not what its type says."""
+        return contents(self.header, self.type)
 
     def reduction(self, reference: GgufReport) -> float:
         """Return by which share it is smaller than the 16-bit file."""
@@ -76,13 +85,14 @@ class Package:
     """What packaging made, on disk.
 
     Attributes:
-        merged: Folder of the merged checkpoint.
+        merged: Folder of the merged model.
         merge: What the merge did.
         max_abs_error: Largest difference found when the merge was computed a second time.
         reference: The 16-bit GGUF.
         quantized: The quantized ones, in the order asked for.
         switchable: Adapter and base as GGUFs; None unless they were asked for.
         files: Modelfile, modelfile.json and SHA256SUMS, by name.
+        conversations: What training kept of its data, to lie beside each GGUF; None when it kept nothing.
     """
 
     merged: Path
@@ -92,6 +102,7 @@ class Package:
     quantized: tuple[GgufReport, ...]
     switchable: Switchable | None
     files: dict[str, Path]
+    conversations: Path | None
 
 
 class Packaging:
@@ -104,6 +115,7 @@ class Packaging:
         bases: Makes the base's GGUFs, where they are asked for.
         training: The training data's files, for an importance matrix.
         licence: Name of the base's licence, for a base without a licence file.
+        own_name: The base's own name, for the GGUF.
         llama: The tools.
         work: The working folder, kept from attempt to attempt.
         load_timeout_seconds: How long a load check may wait for llama-server.
@@ -118,6 +130,7 @@ class Packaging:
         bases: BaseGgufs,
         training: Iterable[Path],
         licence: str,
+        own_name: str,
         llama: LlamaCpp,
         work: Path,
         load_timeout_seconds: float,
@@ -125,10 +138,12 @@ class Packaging:
     ) -> None:
         self._spec = spec
         self._base = base
+        self._model = read_model_folder(base)
         self._adapter = adapter
         self._bases = bases
         self._training = tuple(training)
         self._licence = licence
+        self._own_name = own_name
         self._llama = llama
         self._work = work
         self._load_timeout_seconds = load_timeout_seconds
@@ -136,6 +151,8 @@ class Packaging:
         self._log = work / "tools.log"
         self._steps = Steps(work)
         self._tokenizer: Tokenizer = read_tokenizer(base)
+        self._kept = read_kept(adapter)
+        self._stops: tuple[int, ...] = ()
 
     def run(self) -> Package:
         """Do the whole job.
@@ -149,11 +166,20 @@ class Packaging:
             Unavailable: The store is out of reach.
         """
         self._require_space()
+        self._stops = trained_stops(self._kept, self._tokenizer, _vocabulary(self._model))
+        layout = self._layout()
         if self._spec.adapter_gguf:
-            require_convertible(Adapter(self._adapter))
-        merged, max_abs_error = self._merge()
+            require_convertible(Adapter(self._adapter), layout)
+        merged, max_abs_error = self._merge(layout)
         gguf_type = choose_type(self._spec.gguf_type, merged.max_abs_weight)
         reference_step, header = self._convert(gguf_type)
+        if parted_ties(layout, Adapter(self._adapter).plan()) and "output.weight" not in header.shapes:
+            raise FailedPrecondition(
+                f"The adapter parts output head and embedding, and llama.cpp's {header.architecture} has one "
+                "tensor for both: its GGUF would be another model than was trained.",
+                fix="Train without the embedding and the output head.",
+                reason="HEAD_NOT_CONVERTIBLE",
+            )
         context_tokens = self._spec.context_for(header.context_tokens)
         matrix = self._matrix() if self._spec.importance_matrix else None
         quantized_steps = [self._quantize(name, header, matrix) for name in self._spec.quantizations]
@@ -166,18 +192,21 @@ class Packaging:
         for gguf in (switchable.adapter, switchable.base) if switchable else ():
             sums[gguf.path.name] = hash_file(gguf.path)
         files = self._write_files(context_tokens, sums)
+        kept = self._adapter / TRAINED_CONVERSATIONS
         return Package(
-            self._work / "merged", merged, max_abs_error, reference, tuple(quantized), switchable, files
-        )
+            self._work / "merged", merged, max_abs_error, reference, tuple(quantized), switchable, files,
+            kept if kept.is_file() else None,
+        )  # fmt: skip
 
     def _require_space(self) -> None:
         """Refuse before work starts what the disk can't hold at its end."""
-        size = read_checkpoint(self._base).size_bytes
+        size = self._model.size_bytes
         shares = [
             _QUANT_SHARE.get(name.strip("IQ")[:1], _QUANT_SHARE_ELSE) for name in self._spec.quantizations
         ]
         made = sum(path.stat().st_size for path in self._work.rglob("*") if path.is_file())
-        bases = float(self._spec.base_gguf or self._spec.adapter_gguf)
+        wanted = (self._spec.base_gguf, self._spec.adapter_gguf)
+        bases = float(sum(wanted) if self._stops else any(wanted))  # with stops of training's, one of its own
         bases += shares[0] if self._spec.adapter_gguf else 0.0
         needed = int(size * (2 + bases + sum(shares))) + _HEADROOM_BYTES
         free = shutil.disk_usage(self._work).free
@@ -188,9 +217,13 @@ class Packaging:
                 reason="DISK_FULL",
             )
 
-    def _merge(self) -> tuple[Merged, float]:
+    def _layout(self) -> Layout:
+        self._report(Progress("merge", message="reading the base's architecture and the adapter"))
+        return read_layout(self._base, self._adapter, self._work)
+
+    def _merge(self, layout: Layout) -> tuple[Merged, float]:
         target = self._work / "merged"
-        total = read_checkpoint(self._base).size_bytes
+        total = self._model.size_bytes
         started, done = time.monotonic(), 0
 
         def advance(count: int) -> None:
@@ -201,9 +234,10 @@ class Packaging:
 
         def make() -> dict[str, object]:
             self._report(Progress("merge", 0, total, "bytes"))
-            merged = merge(self._base, self._adapter, target, advance)
-            self._report(Progress("merge", total, total, "bytes", message="comparing a second computation"))
-            return {"merged": asdict(merged), "error": assert_merged(self._base, self._adapter, target)}
+            merged = merge(self._base, self._adapter, target, layout, advance)
+            self._report(Progress("merge", total, total, "bytes", message="comparing with PEFT's own layers"))
+            proof = ask("prove", self._work, self._base, self._adapter, target)
+            return {"merged": asdict(merged), "error": proof["max_abs_error"]}
 
         step = self._steps.do("merge", target, make)
         merged = Merged(**step.data["merged"])
@@ -226,18 +260,19 @@ class Packaging:
         def make() -> dict[str, object]:
             convert(
                 self._llama, self._work / "merged", target,
-                gguf_type=gguf_type, name=self._spec.name, log=self._log, report=self._report,
+                gguf_type=gguf_type, name=self._own_name, trained_as=self._spec.name, stops=self._stops,
+                log=self._log, report=self._report,
             )  # fmt: skip
             return {}
 
         step = self._steps.do(f"convert-{gguf_type}", target, make)
-        header = read_header(target)
+        header = read_made(target)
         self._sized(f"convert {gguf_type}", target)
         return step, header
 
     def _matrix(self) -> Path:
         target = self._work / "importance_matrix.gguf"
-        chunks = self._spec.importance_matrix_chunks
+        chunks = self._spec.matrix_chunks
 
         def make() -> dict[str, object]:
             text = self._work / "calibration.txt"
@@ -280,16 +315,17 @@ class Packaging:
         adapter = check_adapter(target, Adapter(self._adapter))
         self._sized("convert adapter", target)
         quantization = self._spec.quantizations[0]
-        ref, path = self._bases.quantized(quantization, gguf_type)
-        base = read_header(path)
+        ref, path = self._bases.quantized(quantization, gguf_type, self._stops)
+        base = read_made(path)
         check_header(base, self._tokenizer, None, path.name)
         self._report(Progress("load check", message=f"{path.name} with {target.name}"))
         loaded = check_loads(
             self._llama, path,
             adapter=target, log=self._work / "server.log", timeout_seconds=self._load_timeout_seconds,
         )  # fmt: skip
+        check_stops(loaded, self._stops, path.name)
         reports = [
-            GgufReport(file, kind, file.stat().st_size, header.bits_per_weight, loaded)
+            GgufReport(file, kind, file.stat().st_size, header, loaded)
             for file, kind, header in ((target, "F32", adapter), (path, quantization, base))
         ]
         return Switchable(reports[0], reports[1], ref)
@@ -304,22 +340,23 @@ class Packaging:
         """Check a file's header and that it loads."""
         path = self._work / file_name
         self._report(Progress("load check", message=file_name))
-        header = read_header(path)
+        header = read_made(path)
         check_header(header, self._tokenizer, reference, file_name)
         loaded = check_loads(
             self._llama, path, log=self._work / "server.log", timeout_seconds=self._load_timeout_seconds
         )
-        return GgufReport(path, gguf_type, path.stat().st_size, header.bits_per_weight, loaded)
+        check_stops(loaded, self._stops, file_name)
+        return GgufReport(path, gguf_type, path.stat().st_size, header, loaded)
 
     def _write_files(self, context_tokens: int, sums: Mapping[str, str]) -> dict[str, Path]:
         """Write Modelfile, modelfile.json and SHA256SUMS: that of the Modelfile, and those given."""
         self._report(Progress("checksums"))
         parameters = ModelParameters(
-            stop=stop_texts(self._tokenizer),
-            system=default_system(self._tokenizer),
+            stop=stop_texts(self._tokenizer, self._stops),
+            system=default_system(self._tokenizer, self._kept.rendered_at),
             temperature=self._spec.temperature,
             context_tokens=context_tokens,
-            licence=licence_of(self._base, self._licence),
+            licence=licence_of(self._base.iterdir(), self._licence)[0],
         )
         model_file = self._write("Modelfile", modelfile(_file_name(self._spec.quantizations[0]), parameters))
         as_json = json.dumps(parameters.to_json(), indent=2, ensure_ascii=False) + "\n"
@@ -342,3 +379,9 @@ class Packaging:
 
 def _file_name(quantization: str) -> str:
     return f"model.{quantization}.gguf"
+
+
+def _vocabulary(model: ModelFolder) -> int | None:
+    """Return a model's number of tokens, if its configuration says it."""
+    value = model.text_config.get("vocab_size")
+    return value if isinstance(value, int) else None

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
 
-from web4lora_chassis.errors import Internal, InvalidInput, OutOfMemory
+from web4lora_chassis import process
+from web4lora_chassis.dataset import Problem, Row, check_rows
+from web4lora_chassis.errors import InvalidInput
 from web4lora_chassis.jobs import Progress
-from web4lora_llamacpp import LlamaCpp, follow, tail
+from web4lora_llamacpp import LlamaCpp, run_tool, tail
+from web4lora_llamacpp.converter import environment
 
 from web4lora_packager.chat_template import Tokenizer
-
-TYPES = (
-    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL",
-    "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M",
-    "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
-)  # fmt: skip
-"""The quantization types that can be asked for."""
-NEED_MATRIX = frozenset(
-    {"IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
-)
-"""Those that llama-quantize refuses, or ruins the model with, without an importance matrix."""
 
 _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+\S+\s+-\s+\[([\d,\s]+)\]")
 _CHUNKS = re.compile(r"computing over (\d+) chunks.*n_seq=(\d+)")
@@ -50,7 +41,7 @@ def quantize(
         llama: Brings llama-quantize.
         reference: The 16-bit GGUF.
         target: The file to write; replaced at once when done.
-        quantization: One of `TYPES`.
+        quantization: A type that `web4lora_chassis.pipeline.package` knows.
         parameters: Number of weights in the file, for the time left.
         matrix: An importance matrix, if any.
         log: Its output is appended here.
@@ -74,7 +65,8 @@ def quantize(
 
     part = target.with_name(f"part-{target.name}")
     options: list[str | Path] = ["--imatrix", matrix] if matrix else []
-    code = follow([llama.quantize, *options, reference, part, quantization], log, on_line)
+    command: list[str | Path] = [llama.quantize, *options, reference, part, quantization]
+    code = run_tool(command, log, on_line, env=environment(target.parent))
     _check(code, "llama-quantize", log)
     part.replace(target)
 
@@ -123,7 +115,8 @@ def importance_matrix(
         llama.imatrix, "-m", reference, "-f", text, "-o", part, "--parse-special", "--no-ppl",
         "-c", str(_CHUNK_TOKENS), "--chunks", str(chunks),
     ]  # fmt: skip
-    _check(follow(command, log, on_line), "llama-imatrix", log)
+    code = run_tool(command, log, on_line, env=environment(target.parent))
+    _check(code, "llama-imatrix", log)
     part.replace(target)
 
 
@@ -136,7 +129,7 @@ def calibration_text(tokenizer: Tokenizer, files: Iterable[Path], chunks: int) -
         chunks: Chunks of 512 tokens that the text should suffice for.
 
     Raises:
-        InvalidInput: There is nothing to render.
+        InvalidInput: There is nothing to render, or a row is wrong.
     """
     rows = [_conversations(path) for path in files]
     pieces: list[str] = []
@@ -144,33 +137,28 @@ def calibration_text(tokenizer: Tokenizer, files: Iterable[Path], chunks: int) -
     wanted = chunks * _CHUNK_TOKENS * _MOST_CHARACTERS_PER_TOKEN
     while rows and characters < wanted:  # a row of each file in turn
         row = rows.pop(0)
-        messages = next(row, None)
-        if messages is None:
+        conversation = next(row, None)
+        if conversation is None:
             continue
         rows.append(row)
-        pieces.append(tokenizer.render(messages, answer_next=False))
+        messages = [message.to_json() for message in conversation.messages]
+        pieces.append(tokenizer.render(messages, conversation.tools, answer_next=False))
         characters += len(pieces[-1])
     if not pieces:
         raise InvalidInput("The dataset has no training rows to make an importance matrix from.")
     return "".join(pieces)
 
 
-def _conversations(path: Path) -> Iterator[list[dict[str, str]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)["messages"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise InvalidInput(f"{path.name}:{number}: no row with `messages`: {error!r}.") from error
+def _conversations(path: Path) -> Iterator[Row]:
+    """Yield the rows that were trained on, by the reader that the trainer reads them with."""
+    for item in check_rows(path, path.name):
+        if isinstance(item, Problem):
+            raise InvalidInput(f"{item}.", reason="DATASET_INVALID")
+        yield item
 
 
 def _check(code: int, program: str, log: Path) -> None:
-    if code == -9:
-        raise OutOfMemory(f"{program} was killed, most likely because memory ran out.")
     if code != 0:
-        raise Internal(
-            f"{program} failed with exit code {code}:{tail(log)}",
-            fix=f"The whole output: {log}",
-            reason="QUANTIZE_FAILED",
+        raise process.failure(
+            program, code, f":{tail(log)}", fix=f"The whole output: {log}", reason="QUANTIZE_FAILED"
         )

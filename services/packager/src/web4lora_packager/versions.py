@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from web4lora_llamacpp import SDIST
 
-_LIBRARIES = ("gguf", "numpy", "ml-dtypes", "safetensors", "torch", "transformers")
+_LIBRARIES = ("gguf", "numpy", "ml-dtypes", "peft", "safetensors", "torch", "transformers")
 
 
 def packager_version() -> str:

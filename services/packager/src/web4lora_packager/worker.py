@@ -6,17 +6,16 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from google.protobuf.json_format import ParseDict
 from web4.lora.v1 import packager_pb2
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, Manifest, open_store
 from web4lora_chassis.errors import FailedPrecondition
-from web4lora_chassis.jobs import JobContext, Progress, worker_main
-from web4lora_chassis.rpc import ref_message
-from web4lora_chassis.rpc.jobs import to_json
+from web4lora_chassis.jobs import JobContext, Progress
+from web4lora_chassis.jobs.byte_progress import byte_progress
+from web4lora_chassis.model_files.trained_conversations import TRAINED_CONVERSATIONS
+from web4lora_chassis.rpc import job_process, ref_message
 from web4lora_chassis.settings import load
-from web4lora_llamacpp import LlamaCpp, ensure_built
+from web4lora_llamacpp import LlamaCpp, ensure_built, general_name
 
 from web4lora_packager.adapter import ADAPTER_FILES
 from web4lora_packager.base_gguf import BaseGgufs
@@ -28,27 +27,30 @@ from web4lora_packager.versions import tool_versions
 _CREATED_BY = "packager"
 
 
-def run_package(context: JobContext) -> Mapping[str, Any]:
+def run_package(message: packager_pb2.PackageSpec, context: JobContext) -> packager_pb2.PackageResult:
     """Merge, convert, quantize and check, going on behind the last finished step of an earlier attempt."""
     settings = load(PackagerSettings)
     store = open_store(settings)
-    spec = spec_of(ParseDict(dict(context.spec), packager_pb2.PackageSpec()))
+    spec = spec_of(message)
     require_base(spec, store.manifest(spec.adapter))
     llama = ensure_built(settings.cache, context.report)
     context.report(Progress("fetch"))
     base_folder = settings.cache / "artifacts" / spec.base.prefix  # shared with the trainer on this machine
     base = _fetch(store, spec.base, base_folder, context)
     adapter_folder = context.work_dir / "adapter"
-    _fetch(store, spec.adapter, adapter_folder, context, only=ADAPTER_FILES)
-    bases = BaseGgufs(store, spec.base, base_folder, llama, context.work_dir, context.report)
+    stored = {entry.path for entry in store.manifest(spec.adapter).files}
+    wanted = [*ADAPTER_FILES, *stored & {TRAINED_CONVERSATIONS}]
+    _fetch(store, spec.adapter, adapter_folder, context, only=wanted)
+    name = general_name(base_folder, own_name(base))
+    bases = BaseGgufs(store, spec.base, base_folder, llama, context.work_dir, name, context.report)
     package = Packaging(
-        spec, base_folder, adapter_folder, bases, _training(store, spec, context), _licence(base), llama,
-        context.work_dir, settings.packager_load_timeout_seconds, context.report,
+        spec, base_folder, adapter_folder, bases, _training(store, spec, context), _licence(base), name,
+        llama, context.work_dir, settings.packager_load_timeout_seconds, context.report,
     ).run()  # fmt: skip
     result = _store(store, spec, llama, package, context)
     if spec.base_gguf:
         result.base_gguf.CopyFrom(ref_message(bases.reference(package.reference.type)))
-    return to_json(result)
+    return result
 
 
 def require_base(spec: PackageSpec, adapter: Manifest) -> None:
@@ -74,6 +76,12 @@ def require_base(spec: PackageSpec, adapter: Manifest) -> None:
         )
 
 
+def own_name(base: Manifest) -> str:
+    """Return the base's own name: the hub's, else its artifact's, which is that of file or folder."""
+    source = json.loads(base.parameters.get("source", '""'))
+    return source.rpartition("/")[2] if isinstance(source, str) and "/" in source else base.ref.name
+
+
 def _fetch(
     store: ArtifactStore,
     ref: ArtifactRef,
@@ -82,13 +90,7 @@ def _fetch(
     only: Iterable[str] | None = None,
 ) -> Manifest:
     """Bring an artifact's files into a folder, with progress."""
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        context.report(Progress("fetch", done, ref.size_bytes, "bytes", message=str(ref)))
-
+    advance = byte_progress(context.report, "fetch", ref.size_bytes, str(ref))
     return store.get(ref, folder, only=only, advance=advance)
 
 
@@ -117,12 +119,8 @@ def _store(
     switchable = package.switchable
     alone = [switchable.adapter] if switchable else []
     paths = [*merged_files.values(), *(gguf.path for gguf in (*ggufs, *alone)), *package.files.values()]
-    total, done = sum(path.stat().st_size for path in paths), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        context.report(Progress("store", done, total, "bytes"))
+    total = sum(path.stat().st_size for path in paths)
+    advance = byte_progress(context.report, "store", total)
 
     def put(
         kind: str, files: Mapping[str, Path], inputs: Iterable[ArtifactRef], **parameters: object
@@ -132,15 +130,19 @@ def _store(
             tools=tool_versions() | {"llama.cpp": llama.version}, created_by=_CREATED_BY, advance=advance,
         )  # fmt: skip
 
+    kept = {TRAINED_CONVERSATIONS: package.conversations} if package.conversations else {}
     context.report(Progress("store", 0, total, "bytes"))
     merged = put("merged_model", merged_files, [spec.base, spec.adapter])
-    refs = [put("gguf", {REFERENCE_NAME: package.reference.path}, [merged], type=package.reference.type)]
+    refs = [
+        put("gguf", {REFERENCE_NAME: package.reference.path, **kept}, [merged], type=package.reference.type)
+    ]
     calibration = [spec.dataset] if spec.dataset and spec.importance_matrix else []
     for gguf in package.quantized:
         inputs = [refs[0], *calibration]
-        refs.append(put("gguf", {gguf.path.name: gguf.path}, inputs, type=gguf.type))
+        refs.append(put("gguf", {gguf.path.name: gguf.path, **kept}, inputs, type=gguf.type))
     adapters = [
-        put("gguf", {gguf.path.name: gguf.path}, [spec.base, spec.adapter], type=gguf.type) for gguf in alone
+        put("gguf", {gguf.path.name: gguf.path, **kept}, [spec.base, spec.adapter], type=gguf.type)
+        for gguf in alone
     ]
     bases = [switchable.base_ref] if switchable else []
     files = put("report", package.files, [*refs, *adapters, *bases])
@@ -174,7 +176,9 @@ def _gguf_message(gguf: GgufReport, ref: ArtifactRef, reference: GgufReport) -> 
         type=gguf.type,
         size_bytes=gguf.size_bytes,
         size_reduction=gguf.reduction(reference),
-        bits_per_weight=gguf.bits_per_weight,
+        bits_per_weight=gguf.header.bits_per_weight,
+        weights_by_type=gguf.header.weights_by_type,
+        contents=gguf.contents,
         loads=True,  # else its check would have failed the job
         load_seconds=gguf.loaded.load_seconds,
         sample=gguf.loaded.sample,
@@ -182,4 +186,4 @@ def _gguf_message(gguf: GgufReport, ref: ArtifactRef, reference: GgufReport) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(worker_main({"package": run_package}))
+    sys.exit(job_process({"package": run_package}))

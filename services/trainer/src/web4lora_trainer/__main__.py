@@ -2,53 +2,57 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
+import functools
+import os
 import sys
 
-from web4.lora.v1 import trainer_pb2, trainer_pb2_grpc
-from web4lora_chassis.errors import Web4Error
+from web4.lora.v1 import trainer_pb2_grpc
+from web4lora_chassis.environment import HUB_TOKEN
 from web4lora_chassis.jobs import JobRunner
-from web4lora_chassis.rpc import JobApi, Registration, serve
-from web4lora_chassis.settings import Settings, load
+from web4lora_chassis.rpc import Registration, Worker, worker_process
+from web4lora_chassis.settings import Settings
 
-from web4lora_trainer.device import worker_environment
+from web4lora_trainer.beside import LANES, lacks
+from web4lora_trainer.device import require_one_process, worker_environment
 from web4lora_trainer.service import TrainerService
-from web4lora_trainer.specs import check
+from web4lora_trainer.specs import checks
+from web4lora_trainer.trainings import prune_trainings
 
 _MEMORY_RETRIES = 3
 
 
-async def run(settings: Settings) -> None:
-    """Serve until a signal; one job at a time, the others wait in order."""
-    runner = JobRunner(
-        settings.home / "trainer" / "jobs",
-        "web4lora_trainer.worker",
-        memory_retries=_MEMORY_RETRIES,
-        env=worker_environment(),
-    )
-    registration = Registration(
-        trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name,
-        trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
-        TrainerService(JobApi(runner, trainer_pb2.TrainerJob, check)),
-    )
-    await runner.start()
-    try:
-        await serve(settings.trainer_address, [registration], settings)
-    finally:
-        await runner.stop()
+def trainer(settings: Settings) -> Worker:
+    """Return the trainer as its process serves it.
 
-
-def main() -> int:
-    """Read the settings and serve."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        asyncio.run(run(load(Settings)))
-    except Web4Error as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
+    Raises:
+        FailedPrecondition: A launcher started it as one of several processes.
+    """
+    require_one_process(os.environ)
+    return Worker(
+        "trainer",
+        settings.trainer_address,
+        [
+            Registration(
+                "web4.lora.v1.TrainerService",
+                trainer_pb2_grpc.add_TrainerServiceServicer_to_server,
+                TrainerService(),
+            ),
+        ],
+        JobRunner(
+            settings.home / "trainer" / "jobs",
+            "web4lora_trainer.worker",
+            lanes=LANES,
+            lacks=lacks,
+            memory_retries=_MEMORY_RETRIES,
+            env=worker_environment(),
+            secrets=HUB_TOKEN,
+            attempts=settings.job_attempts,
+            can_end_early=("train",),
+        ),
+        checks(settings),
+        prune=functools.partial(prune_trainings, settings.home / "trainer" / "trainings"),
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(worker_process("trainer", Settings, trainer))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
+import resource
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +18,40 @@ from web4lora_chassis.errors import FailedPrecondition
 from web4lora_chassis.process import run
 
 if TYPE_CHECKING:
+    import psutil
     import torch
 
 Shape = tuple[int, int]
 """Outputs and inputs of a linear layer."""
 
+_PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Set by torchrun and by MPI's launchers: how many processes they started. Accelerate reads the same ones."""
 _MEASURE_SECONDS = 0.35
 _MEASURE_TOKENS = 512
 _GLANCE_TOKENS = 64
 _HOPELESS = 4.0
 _EAGER_LONGEST_ROW_TOKENS = 1024
+
+
+def require_one_process(environment: Mapping[str, str]) -> None:
+    """Refuse to be one of several processes: each would train an adapter of its own on all of the data.
+
+    Args:
+        environment: The process's variables.
+
+    Raises:
+        FailedPrecondition: A launcher started more than one.
+    """
+    for name in _PROCESS_COUNTS:
+        count = environment.get(name, "").strip()
+        if count.isdigit() and int(count) > 1:
+            raise FailedPrecondition(
+                f"{name} is {count}: a launcher started this as one of {count} processes, but a training "
+                "here is one process, and their gradients would not be brought together.",
+                fix=f"Start it without torchrun, accelerate launch or mpirun, or unset {name}.",
+                reason="SEVERAL_PROCESSES",
+                metadata={"variable": name},
+            )
 
 
 @dataclass(frozen=True)
@@ -72,18 +99,49 @@ class Device:
         return "eager" if self.kind == "cpu" and short else "sdpa"
 
     def fallback(self) -> Device | None:
-        """Return the same device with the next safer number format, if there is one."""
+        """Return the same device with the next safer number format, if there is one: bf16 after fp16."""
         if self.dtype == "fp32":
             return None
-        return replace(self, dtype="fp32", flops_per_second=0.0)
+        safer = "bf16" if self.dtype == "fp16" and has_bf16(self.kind) else "fp32"
+        return replace(self, dtype=safer, flops_per_second=0.0)
 
-    def free_memory_bytes(self) -> int:
-        """Return the memory that a new process could use on it now."""
+    def release_memory(self) -> None:
+        """Give back what the allocator keeps for later."""
+        import torch
+
+        if self.kind != "cpu":
+            getattr(torch, self.kind).empty_cache()
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory that this process had: on a GPU what its allocator took, else resident."""
         if self.kind == "cuda":
             import torch
 
-            return int(torch.cuda.mem_get_info()[0])
-        return free_host_memory_bytes()
+            return int(torch.cuda.max_memory_reserved())
+        if self.kind == "mps":
+            import torch
+
+            return max(int(torch.mps.driver_allocated_memory()), resident_peak_bytes())
+        return resident_peak_bytes()
+
+    def free_memory_bytes(self, others: Sequence[psutil.Process] = ()) -> int:
+        """Return the memory that a new process could use on it now.
+
+        Args:
+            others: Processes that will have ended by then: their memory counts as free.
+        """
+        if self.kind == "cuda":
+            import torch
+
+            free, total = torch.cuda.mem_get_info()
+            return min(int(free) + _cuda_memory_bytes({each.pid for each in others}), int(total))
+        return free_host_memory_bytes() + memory_bytes(others)
+
+
+def resident_peak_bytes() -> int:
+    """Return the largest resident memory that this process had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 
 def worker_environment() -> dict[str, str]:
@@ -133,6 +191,22 @@ def choose_device(shapes: Sequence[Shape] = (), dtype: str = "auto", kind: str =
         name = f"{apple_chip()} (mps)"
     device = Device(kind, name, best if dtype == "auto" else dtype, threads)
     return replace(device, flops_per_second=_rate(device, shapes)) if shapes else device
+
+
+def has_bf16(kind: str) -> bool:
+    """Tell whether a device computes in bf16: it has fp32's range in fp16's memory.
+
+    CUDA before compute capability 8 only imitates it, slower than fp32; MPS has it from macOS 14 on.
+    """
+    import torch
+
+    if kind == "cuda":
+        return bool(torch.cuda.get_device_capability() >= (8, 0))
+    try:
+        ones = torch.ones(8, 8, device=kind, dtype=torch.bfloat16)
+        return bool((ones @ ones).sum().item() == 512.0)
+    except (RuntimeError, TypeError):
+        return False
 
 
 def _best_kind() -> str:
@@ -208,6 +282,27 @@ def free_host_memory_bytes() -> int:
     if limit.is_file() and used.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
         free = min(free, int(text) - int(used.read_text(encoding="ascii")))
     return max(free, 0)
+
+
+def memory_bytes(processes: Sequence[psutil.Process]) -> int:
+    """Return the memory that comes back once processes have ended; mapped files are free already."""
+    import psutil
+
+    total = 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            info = process.memory_info()
+            total += max(info.rss - getattr(info, "shared", 0), 0)
+    return total
+
+
+def _cuda_memory_bytes(pids: Collection[int]) -> int:
+    """Return what processes hold of the GPUs, as the driver tells it."""
+    if not pids:
+        return 0
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
+    rows = [line.split(", ") for line in run(query, timeout_seconds=20).splitlines() if line.strip()]
+    return sum(int(used) << 20 for pid, used in rows if int(pid) in pids and used.isdigit())
 
 
 def apple_chip() -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from web4lora_trainer.train_settings import LossBand
+from web4lora_chassis.pipeline.train import LossBand
 
 COLUMNS = (
     "step", "epoch", "loss", "answer_tokens", "held_out_loss", "learning_rate", "grad_norm", "tokens",
@@ -143,13 +143,22 @@ def judge(rows: Sequence[LossRow], held_out: Sequence[float], band: LossBand) ->
     """Say whether the training loss settled in its band.
 
     Every answer token weighs the same, as in the held-out loss: batches hold rows of like length, so a batch
-    of very short answers has few tokens and often a high loss.
+    of very short answers has few tokens and often a high loss. What is not finite is counted, and left out.
 
     Args:
         rows: Every step.
         held_out: Held-out losses in the order in which they were measured.
         band: Where it should settle.
     """
+    finite = [row for row in rows if math.isfinite(row.loss)]
+    if not finite:
+        return Verdict(math.nan, settled=False, words=f"none of {len(rows)} losses was finite")
+    lost = len(rows) - len(finite)
+    notes = f"; {lost} of {len(rows)} losses {'was' if lost == 1 else 'were'} not finite" if lost else ""
+    if held_out and not math.isfinite(held_out[-1]):
+        notes += "; the last held-out loss is not finite"
+    held_out = [loss for loss in held_out if math.isfinite(loss)]
+    rows = finite
     count = min(len(rows), max(_END_STEPS, round(len(rows) * _END_SHARE)))
     final, noise = _mean(rows[-count:])
     before, noise_before = _mean(rows[-2 * count : -count])
@@ -171,7 +180,7 @@ def judge(rows: Sequence[LossRow], held_out: Sequence[float], band: LossBand) ->
         words = f"settled at {final:.2f}, inside {where}"
     if len(held_out) > 1 and held_out[-1] > min(held_out) * 1.05:
         words += f"; held-out loss rose from {min(held_out):.2f} to {held_out[-1]:.2f}: likely overfitting"
-    return Verdict(final, inside and not falling, words)
+    return Verdict(final, inside and not falling, words + notes)
 
 
 def _mean(rows: Sequence[LossRow]) -> tuple[float, float]:
@@ -196,8 +205,14 @@ def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path)
     from matplotlib.figure import Figure
 
     steps = [row.step for row in rows]
-    losses = [row.loss for row in rows]
-    held_out = [(row.step, row.held_out_loss) for row in rows if row.held_out_loss is not None]
+    losses = [row.loss if math.isfinite(row.loss) else math.nan for row in rows]  # a NaN is a gap
+    broken = [row.step for row in rows if not math.isfinite(row.loss)]
+    held_out = [
+        (row.step, row.held_out_loss)
+        for row in rows
+        if row.held_out_loss is not None and math.isfinite(row.held_out_loss)
+    ]
+    smoothed = _smoothed(rows)
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.axhspan(
@@ -209,13 +224,17 @@ def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path)
         label=f"target band {band.low:g} to {band.high:g}",
     )
     axes.plot(steps, losses, color="#90a4ae", lw=0.9, label="training loss, each step")
-    axes.plot(steps, _smoothed(rows), color="#1565c0", lw=2.0, label="training loss, smoothed")
+    axes.plot(steps, smoothed, color="#1565c0", lw=2.0, label="training loss, smoothed")
     if held_out:
         axes.plot(
             *zip(*held_out, strict=True), color="#e65100", marker="o", ms=6, lw=1.4, label="held-out loss"
         )
-    highest = max([band.high * 1.3, *_smoothed(rows), *(loss for _, loss in held_out)])
-    axes.set_ylim(0, min(max(losses), highest * 1.25) * 1.05)
+    if broken:
+        axes.plot(broken, [0.0] * len(broken), "x", color="#c62828", clip_on=False, label="loss not finite")
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    smooth = [loss for loss in smoothed if math.isfinite(loss)]
+    highest = max([band.high * 1.3, *smooth, *(loss for _, loss in held_out)])
+    axes.set_ylim(0, min(max(finite, default=highest), highest * 1.25) * 1.05)
     margin = 0.01 * (len(steps) + 1)
     axes.set_xlim(min(steps) - margin, max(steps) + margin)
     axes.set_xlabel("optimizer step")
@@ -229,10 +248,14 @@ def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path)
 
 
 def _smoothed(rows: Sequence[LossRow]) -> list[float]:
-    """Return the moving average of the answer tokens' loss: exponential by steps, corrected for its start."""
+    """Return the moving average of the answer tokens' loss: exponential by steps, corrected for its start.
+
+    A loss that is not finite leaves it as it was; it is NaN before the first finite one.
+    """
     total, weight, result = 0.0, 0.0, []
     for row in rows:
-        total = _SMOOTHING * total + row.answer_tokens * row.loss
-        weight = _SMOOTHING * weight + row.answer_tokens
-        result.append(total / weight)
+        if math.isfinite(row.loss):
+            total = _SMOOTHING * total + row.answer_tokens * row.loss
+            weight = _SMOOTHING * weight + row.answer_tokens
+        result.append(total / weight if weight else math.nan)
     return result

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from web4lora_chassis.errors import ResourceExhausted
+from web4lora_chassis.pipeline.train import TrainSettings
 
-from web4lora_trainer.batching import EncodedRows, LikeLengthBatches
-from web4lora_trainer.checkpoint import Checkpoint
+from web4lora_trainer.batching import LikeLengthBatches
+from web4lora_trainer.decoder import Decoder
 from web4lora_trainer.device import Device
-from web4lora_trainer.train_settings import TrainSettings
+from web4lora_trainer.encoding import EncodedRows
+
+if TYPE_CHECKING:
+    import psutil
+
+    from web4lora_trainer.rehearsal import Rehearsal
 
 _RUNTIME_BYTES = 1_150_000_000
 """Python with torch, transformers, peft and trl loaded, and a measured margin for the allocator."""
 _ADAPTER_BYTES_PER_PARAMETER = 16
 """fp32 weight, gradient and Adam's two moments."""
+_HOST_BYTES_PER_TOKEN = 113
+"""A row's token as Python holds it: id, label, and both again in the trainer's data set."""
 _HEAD_POSITIONS = 512
 _RESIDUAL_TENSORS = 14
 _MLP_TENSORS = 6
@@ -36,6 +46,7 @@ class Estimate:
         seconds: Time to train; 0 while the device's speed is unknown.
         disk_bytes: What the run will write.
         checkpointing: Activations will be computed twice instead of kept.
+        rehearsed: Memory and time were measured on steps of the training itself.
     """
 
     peak_memory_bytes: int
@@ -44,47 +55,91 @@ class Estimate:
     seconds: float
     disk_bytes: int
     checkpointing: bool
+    rehearsed: bool = False
+
+
+def measured(
+    needed: Estimate,
+    rehearsal: Rehearsal,
+    decoder: Decoder,
+    train: EncodedRows,
+    held_out: EncodedRows,
+    settings: TrainSettings,
+    device: Device,
+) -> Estimate:
+    """Return an estimate with what a rehearsal measured in place of what was computed.
+
+    Args:
+        needed: The estimate.
+        rehearsal: What was measured.
+        decoder: The base model.
+        train: Rows to train on; the rehearsal had few of them in memory.
+        held_out: Rows for the held-out loss.
+        settings: How to train.
+        device: Where.
+    """
+    own = training_flops(
+        decoder, rehearsal.tokens, rehearsal.trained_tokens, settings, checkpointing=needed.checkpointing
+    )
+    rate = own / max(rehearsal.seconds, 1e-9)
+    flops = _all_flops(decoder, train, held_out, settings, device, checkpointing=needed.checkpointing)
+    return replace(
+        needed,
+        peak_memory_bytes=rehearsal.peak_memory_bytes + _HOST_BYTES_PER_TOKEN * train.tokens,
+        seconds=flops / rate,
+        rehearsed=True,
+    )
 
 
 def estimate(
-    checkpoint: Checkpoint, train: EncodedRows, held_out: EncodedRows, settings: TrainSettings, device: Device
+    decoder: Decoder,
+    train: EncodedRows,
+    held_out: EncodedRows,
+    settings: TrainSettings,
+    device: Device,
+    others: Sequence[psutil.Process] = (),
 ) -> Estimate:
     """Estimate memory, steps, time and disk of a training.
 
     Args:
-        checkpoint: The base model.
+        decoder: The base model.
         train: Rows to train on.
         held_out: Rows for the held-out loss.
         settings: How to train.
         device: Where.
+        others: Processes that will have ended when the training starts: their memory counts as free.
 
     Raises:
         InvalidInput: A target module is not in the base model.
     """
-    free = device.free_memory_bytes()
-    kept = peak_memory_bytes(checkpoint, train, settings, device, checkpointing=False)
+    free = device.free_memory_bytes(others)
+    kept = peak_memory_bytes(decoder, train, settings, device, checkpointing=False)
     choice = settings.gradient_checkpointing
     checkpointing = choice == "on" or (
         choice == "auto"
-        and (kept > free * _HEADROOM or (device.kind == "mps" and checkpoint.size_bytes > 4 << 30))
+        and (kept > free * _HEADROOM or (device.kind == "mps" and decoder.size_bytes > 4 << 30))
     )
-    peak = (
-        peak_memory_bytes(checkpoint, train, settings, device, checkpointing=True) if checkpointing else kept
-    )
-    adapter_bytes = adapter_parameters(checkpoint, settings) * 4
+    peak = peak_memory_bytes(decoder, train, settings, device, checkpointing=True) if checkpointing else kept
+    adapter_bytes = adapter_parameters(decoder, settings) * 4
     files = 2 if settings.write_bin else 1
     return Estimate(
         peak_memory_bytes=peak,
         free_memory_bytes=free,
         steps=optimizer_steps(train, settings, device),
-        seconds=_seconds(checkpoint, train, held_out, settings, device, checkpointing=checkpointing),
+        seconds=_seconds(decoder, train, held_out, settings, device, checkpointing=checkpointing),
         disk_bytes=adapter_bytes * (files + _CHECKPOINTS_KEPT * 3) + (16 << 20),
         checkpointing=checkpointing,
     )
 
 
-def require_memory(needed: Estimate, settings: TrainSettings, device: Device) -> None:
+def require_memory(needed: Estimate, settings: TrainSettings, device: Device, why: str = "") -> None:
     """Refuse a training that would not fit.
+
+    Args:
+        needed: What it needs.
+        settings: How to train.
+        device: Where.
+        why: What led there; told first.
 
     Raises:
         ResourceExhausted: Names what is needed, what is free, and settings that need less.
@@ -100,7 +155,7 @@ def require_memory(needed: Estimate, settings: TrainSettings, device: Device) ->
     if settings.lora.last_layers == 0:
         hints.append("lora.last_layers")
     raise ResourceExhausted(
-        f"Training needs about {_gigabytes(needed.peak_memory_bytes)} GB, "
+        f"{why}{'. ' if why else ''}Training needs about {_gigabytes(needed.peak_memory_bytes)} GB, "
         f"{device.name} has {_gigabytes(needed.free_memory_bytes)} GB free.",
         fix="Close other programs, choose a smaller base model, or set "
         f"{', '.join(hints) or 'max_length_tokens lower'}.",
@@ -132,23 +187,22 @@ def _steps_an_epoch(train: EncodedRows, settings: TrainSettings, device: Device)
     return max(1, math.ceil(len(batches) / settings.gradient_accumulation))
 
 
-def adapter_parameters(checkpoint: Checkpoint, settings: TrainSettings) -> int:
+def adapter_parameters(decoder: Decoder, settings: TrainSettings) -> int:
     """Return the number of weights that will be trained: rank * (inputs + outputs) of every adapted layer."""
     lora = settings.lora
     return sum(
-        lora.rank * (rows + columns)
-        for rows, columns in checkpoint.linear_shapes(lora.target_modules, lora.last_layers)
+        lora.rank_of(name) * (rows + columns) for name, (rows, columns) in decoder.adapted(lora).items()
     )
 
 
-def trained_layers(checkpoint: Checkpoint, settings: TrainSettings) -> int:
+def trained_layers(decoder: Decoder, settings: TrainSettings) -> int:
     """Return through how many decoder layers the backward pass goes."""
     last = settings.lora.last_layers
-    return min(last, checkpoint.layers) if last else checkpoint.layers
+    return min(last, decoder.layers) if last else decoder.layers
 
 
 def peak_memory_bytes(
-    checkpoint: Checkpoint,
+    decoder: Decoder,
     train: EncodedRows,
     settings: TrainSettings,
     device: Device,
@@ -163,37 +217,37 @@ def peak_memory_bytes(
     the attention's scores, twice; with checkpointing one tensor a layer and all of it for one layer. head:
     scores of 512 positions, three times in fp32.
     """
-    config = checkpoint.text_config
+    config = decoder.text_config
     longest = train.longest_row_tokens
     tokens = max(settings.batch_tokens(device.kind), longest)
-    hidden = checkpoint.hidden_size
+    hidden = decoder.hidden_size
     mlp = int(config.get("intermediate_size", 4 * hidden))
     heads = int(config.get("num_attention_heads", 1))
     scores = 2 * heads * longest if device.attention(longest) == "eager" or device.kind == "mps" else 0
     number = device.dtype_bytes
     a_layer = tokens * (_RESIDUAL_TENSORS * hidden + _MLP_TENSORS * mlp + scores) * number
-    layers = trained_layers(checkpoint, settings)
+    layers = trained_layers(decoder, settings)
     activations = layers * tokens * hidden * number + a_layer if checkpointing else layers * a_layer
-    head = 3 * 4 * _HEAD_POSITIONS * checkpoint.vocabulary
-    adapter = adapter_parameters(checkpoint, settings) * _ADAPTER_BYTES_PER_PARAMETER
+    head = 3 * 4 * _HEAD_POSITIONS * decoder.vocabulary
+    adapter = adapter_parameters(decoder, settings) * _ADAPTER_BYTES_PER_PARAMETER
     runtime = _RUNTIME_BYTES if device.kind != "cuda" else 600_000_000
-    return runtime + checkpoint.parameters * number + adapter + activations + head
+    return runtime + decoder.parameters * number + adapter + activations + head
 
 
 def training_flops(
-    checkpoint: Checkpoint, train: EncodedRows, settings: TrainSettings, *, checkpointing: bool
+    decoder: Decoder, tokens: int, trained_tokens: int, settings: TrainSettings, *, checkpointing: bool
 ) -> float:
-    """Return operations of one epoch's matmuls: forward, and input gradients where they flow."""
-    weights = checkpoint.layer_parameters
-    forward = 2.0 * weights * checkpoint.layers
-    crossed = 2.0 * weights * trained_layers(checkpoint, settings)
+    """Return operations of the matmuls for some tokens: forward, and input gradients where they flow."""
+    weights = decoder.layer_parameters
+    forward = 2.0 * weights * decoder.layers
+    crossed = 2.0 * weights * trained_layers(decoder, settings)
     a_token = forward + crossed * (2 if checkpointing else 1)
-    head = 4.0 * checkpoint.vocabulary * checkpoint.hidden_size
-    return a_token * train.tokens + head * train.trained_tokens
+    head = 4.0 * decoder.vocabulary * decoder.hidden_size
+    return a_token * tokens + head * trained_tokens
 
 
 def _seconds(
-    checkpoint: Checkpoint,
+    decoder: Decoder,
     train: EncodedRows,
     held_out: EncodedRows,
     settings: TrainSettings,
@@ -204,11 +258,26 @@ def _seconds(
     """Return the time to train, from the measured matmul rate and the share of it that training reaches."""
     if not device.flops_per_second:
         return 0.0
-    flops = training_flops(checkpoint, train, settings, checkpointing=checkpointing)
-    flops *= epochs(train, settings, device)
-    forward = 2.0 * checkpoint.layer_parameters * checkpoint.layers
-    flops += settings.held_out_evaluations * forward * held_out.tokens
+    flops = _all_flops(decoder, train, held_out, settings, device, checkpointing=checkpointing)
     return flops / (device.flops_per_second * _TRAINING_EFFICIENCY)
+
+
+def _all_flops(
+    decoder: Decoder,
+    train: EncodedRows,
+    held_out: EncodedRows,
+    settings: TrainSettings,
+    device: Device,
+    *,
+    checkpointing: bool,
+) -> float:
+    """Return operations of the matmuls of a whole training, its held-out measurements included."""
+    an_epoch = training_flops(
+        decoder, train.tokens, train.trained_tokens, settings, checkpointing=checkpointing
+    )
+    forward = 2.0 * decoder.layer_parameters * decoder.layers
+    held_out_flops = settings.held_out_evaluations * forward * held_out.tokens
+    return an_epoch * epochs(train, settings, device) + held_out_flops
 
 
 def _gigabytes(count: int) -> str:

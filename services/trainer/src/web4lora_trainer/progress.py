@@ -5,19 +5,49 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
+from web4lora_chassis.pipeline.train import TrainSettings
 
 from web4lora_trainer.loss_report import LossLog, LossRow
-from web4lora_trainer.run_training import Report, TrainProgress
-from web4lora_trainer.train_settings import TrainSettings
 
 if TYPE_CHECKING:
     from web4lora_trainer.sft import AnswerTrainer
 
 _RECENT_STEPS = 20
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """How far a training is.
+
+    Attributes:
+        phase: "load", "train" or "export".
+        step: Finished optimizer steps.
+        total_steps: All of them.
+        loss: Of the last step; None before the first.
+        held_out_loss: The last one measured, or None.
+        tokens_per_second: Non-padding tokens through the model in a second of training.
+        seconds_left: Estimated from the steps so far.
+        resumed_step: The checkpoint's step that this attempt went on from.
+        note: What last happened to the training beside its steps, in words; empty when nothing did.
+    """
+
+    phase: str
+    step: int = 0
+    total_steps: int = 0
+    loss: float | None = None
+    held_out_loss: float | None = None
+    tokens_per_second: float = 0.0
+    seconds_left: float = 0.0
+    resumed_step: int = 0
+    note: str = ""
+
+
+Report = Callable[[TrainProgress], None]
 
 
 class StepReporter(TrainerCallback):
@@ -29,15 +59,23 @@ class StepReporter(TrainerCallback):
         resumed_step: The step this attempt goes on from.
         settings: How often the held-out loss is measured.
         report: The caller's callback.
+        end_early: Asked after every step: whether the training is to end here, exported as it is then.
     """
 
     def __init__(
-        self, log: LossLog, total_steps: int, resumed_step: int, settings: TrainSettings, report: Report
+        self,
+        log: LossLog,
+        total_steps: int,
+        resumed_step: int,
+        settings: TrainSettings,
+        report: Report,
+        end_early: Callable[[], bool],
     ) -> None:
         self._log = log
         self._total = total_steps
         self._resumed_step = resumed_step
         self._report = report
+        self._end_early = end_early
         count = min(settings.held_out_evaluations, total_steps)
         self._measure_at = {round(total_steps * (index + 1) / count) for index in range(count)}
         before = log.rows[-1] if log.rows else None
@@ -86,16 +124,19 @@ class StepReporter(TrainerCallback):
             tokens_per_second=tokens / max(spent, 1e-9),
             seconds=self._seconds,
         )
-        self._tell(row)
+        self._report_row(row)
         if control.should_evaluate:
             self._pending = row
         else:
             self._log.append(row)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Ask for the held-out loss where it is due."""
+        """Ask for the held-out loss where it is due; end the training where that is wanted."""
+        ends = state.global_step < self._total and self._end_early()
+        if ends:
+            control.should_training_stop = control.should_save = True
         if self._trainer is not None and self._trainer.eval_dataset is not None:
-            control.should_evaluate = state.global_step in self._measure_at
+            control.should_evaluate = ends or state.global_step in self._measure_at
         return control
 
     def on_evaluate(self, *_: Any, metrics: dict[str, float] | None = None, **__: Any) -> None:
@@ -103,10 +144,10 @@ class StepReporter(TrainerCallback):
         self._held_out = (metrics or {}).get("eval_loss")
         row, self._pending = self._pending, None
         if row is not None:
-            self._tell(row)
+            self._report_row(row)
             self._log.append(replace(row, held_out_loss=self._held_out))
 
-    def _tell(self, row: LossRow) -> None:
+    def _report_row(self, row: LossRow) -> None:
         recent = [*self._log.rows[-_RECENT_STEPS:], row]
         recent = [each for each in recent if each.step > self._resumed_step]
         speeds = [(each.tokens_per_second, each) for each in recent if each.tokens_per_second > 0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +15,25 @@ from datasets import Dataset as TokenDataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 from web4lora_chassis.errors import FailedPrecondition, Internal
+from web4lora_chassis.model_files.trained_conversations import IGNORED
 
-from web4lora_trainer.batching import IGNORED, Collator, Encoded, LikeLengthBatches
-from web4lora_trainer.device import Device
+from web4lora_trainer.answer_loss import AnswerLoss, ScaleGradient
+from web4lora_trainer.batching import Collator, LikeLengthBatches
+from web4lora_trainer.checkpoints import seal
+from web4lora_trainer.encoding import Encoded
+from web4lora_trainer.ladder import Rung
+from web4lora_trainer.plan import TrainPlan
 
 PROBE_STEPS = 8
 """Steps at the start in which any non-finite loss means that the number format is wrong."""
 _MAX_NON_FINITE_IN_A_ROW = 5
-_POSITIONS_PER_CHUNK = 512
-_FP16_LOSS_SCALE = 1024.0
+_FP16_TOKEN_SCALE = 1024.0
+"""A token's gradient is multiplied by this on its way back, so that it does not vanish in fp16."""
+_SCALE_FILE = "loss_scale.json"
 _HEAD_TOLERANCE = 0.02
 
 
@@ -36,57 +45,10 @@ class NonFiniteLoss(Internal):
     def __init__(self, step: int) -> None:
         super().__init__(
             f"The loss or its gradient is not finite at step {step}.",
-            fix="Lower learning_rate, or set dtype to fp32.",
+            fix="Lower learning_rate, or look for broken rows; with dtype fp16 or bf16, try fp32.",
             metadata={"step": step},
         )
         self.step = step
-
-
-class _AnswerLoss(torch.autograd.Function):
-    """Cross entropy, summed, through a frozen head: a chunk of positions at a time.
-
-    The gradient is made in the forward pass, so scores never exist for more than one chunk, and a vocabulary
-    of 150,000 costs megabytes instead of gigabytes.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the loss of hidden (positions, width); weight is (vocabulary, width)."""
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        for start in range(0, hidden.shape[0], _POSITIONS_PER_CHUNK):
-            part = slice(start, start + _POSITIONS_PER_CHUNK)
-            scores = F.linear(hidden[part].to(weight.dtype), weight, bias).float()
-            index = targets[part].unsqueeze(1)
-            norm = scores.logsumexp(dim=1, keepdim=True)
-            total += (norm - scores.gather(1, index)).sum()
-            if gradient is not None:
-                probabilities = scores.sub_(norm).exp_()
-                probabilities.scatter_add_(1, index, torch.full_like(norm, -1.0))
-                gradient[part] = (probabilities.to(weight.dtype) @ weight).to(hidden.dtype)
-        ctx.gradient = gradient
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """Scale the gradient that the forward pass made."""
-        gradient: torch.Tensor = ctx.gradient
-        return gradient.mul_(outer[0].to(gradient.dtype)), None, None, None
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The identity; its backward pass multiplies, so that small fp16 gradients do not vanish."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, scale: float) -> torch.Tensor:
-        ctx.scale = scale
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return outer[0] * ctx.scale, None
 
 
 class _Batches(DataLoader[Any]):
@@ -106,8 +68,8 @@ class AnswerTrainer(SFTTrainer):
         tokenizer: The base model's.
         rows: Rows to train on.
         held_out: Rows for the held-out loss; may be empty.
-        device: Where and in which number format.
-        tokens_per_batch: Budget of a batch, padding included.
+        plan: What each step is.
+        rung: How it is computed: a planned batch may be split, which changes nothing but the memory it takes.
         callbacks: Told of every step.
     """
 
@@ -119,29 +81,34 @@ class AnswerTrainer(SFTTrainer):
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Encoded],
         held_out: Sequence[Encoded],
-        device: Device,
-        tokens_per_batch: int,
+        plan: TrainPlan,
+        rung: Rung,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
-        self._plan = device
-        self._tokens_per_batch = tokens_per_batch
+        self._plan = plan
+        self._rung = rung
         self._non_finite = 0
+        self._step_loss = torch.zeros(())
+        self._step_batches: list[Any] = []
+        self._step_tokens: Any = None
+        self.token_scale = _FP16_TOKEN_SCALE
+        self._backward_scale = 1.0
         self.tokens_seen = 0
         self.answer_tokens_seen = 0
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(tokenizer.pad_token_id, device.pad_to_multiple_of),
+            data_collator=Collator(tokenizer.pad_token_id, plan.pad_to_multiple_of),
             train_dataset=_token_dataset(rows),
             eval_dataset=_token_dataset(held_out) if held_out else None,
             processing_class=tokenizer,
             peft_config=lora,
             callbacks=list(callbacks),
         )
-        if device.dtype == "fp16":
+        if plan.device.dtype == "fp16":
             for parameter in self.peft_model.parameters():
                 if parameter.requires_grad:
-                    parameter.register_hook(lambda gradient: gradient / _FP16_LOSS_SCALE)  # type: ignore[no-untyped-call]
+                    parameter.register_hook(lambda gradient: gradient / self._backward_scale)  # type: ignore[no-untyped-call]
 
     @property
     def peft_model(self) -> PeftModel:
@@ -151,21 +118,55 @@ class AnswerTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches."""
-        return self._loader(self.train_dataset, shuffle=True)
+        return self._loader(self.train_dataset, self._plan.batch_tokens, shuffle=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return the held-out batches, always the same."""
-        return self._loader(eval_dataset or self.eval_dataset, shuffle=False)
+        tokens = min(self._plan.batch_tokens, self._rung.tokens)
+        return self._loader(eval_dataset or self.eval_dataset, tokens, shuffle=False)
 
-    def _loader(self, rows: Any, *, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, rows: Any, tokens: int, *, shuffle: bool) -> DataLoader[Any]:
         batches = LikeLengthBatches(
             [len(ids) for ids in rows["input_ids"]],
-            self._tokens_per_batch,
-            self.args.seed,
+            tokens,
+            self._plan.seed,
             pad_to_multiple_of=self._plan.pad_to_multiple_of,
             shuffle=shuffle,
         )
         return _Batches(rows, batch_sampler=batches, collate_fn=self.data_collator, num_workers=0)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run a planned batch forward and backward, as many of its rows at once as the rung allows."""
+        # The mean is over the whole step: without its count, a batch's parts would weigh too much.
+        assert num_items_in_batch is not None
+        self.tokens_seen += int(inputs["attention_mask"].sum())
+        self.answer_tokens_seen += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        loss = self._forward_and_backward(model, inputs, num_items_in_batch)
+        self._step_loss = self._step_loss + loss
+        # Transformers keeps a running sum and takes what it logged from it: one NaN, and it never ends.
+        return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
+
+    def _forward_and_backward(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], step_tokens: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Return a batch's part of the step's loss; its gradients are added to those of the step."""
+        rows, width = inputs["input_ids"].shape
+        at_once = max(1, self._rung.tokens // width)
+        parts = []
+        for start in range(0, rows, at_once):
+            part = {name: value[start : start + at_once] for name, value in inputs.items()}
+            parts.append(super().training_step(model, part, step_tokens))  # type: ignore[no-untyped-call]
+        return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step's own loss where it isn't finite; see `training_step`."""
+        if "loss" in logs:
+            loss = float(self._step_loss)
+            logs["loss"] = logs["loss"] if math.isfinite(loss) else loss
+            self._step_loss = torch.zeros(())
+        super().log(logs, start_time)
 
     def compute_loss(
         self,
@@ -174,21 +175,15 @@ class AnswerTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the mean loss of the labelled tokens; there are no outputs to return.
-
-        Raises:
-            NonFiniteLoss: The loss was not finite too often.
-        """
+        """Return the mean loss of the labelled tokens; there are no outputs to return."""
         assert not return_outputs, "only the loss is computed"
-        training = bool(model.training)
         loss, count = self._summed_loss(inputs)
-        if training:
-            self.tokens_seen += int(inputs["attention_mask"].sum())
-            self.answer_tokens_seen += count
-            self._note(math.isfinite(loss.item()))
-            if self._plan.dtype == "fp16":
-                loss = _ScaleGradient.apply(loss, _FP16_LOSS_SCALE)  # type: ignore[no-untyped-call]
-        return loss / (count if num_items_in_batch is None else num_items_in_batch)
+        tokens = count if num_items_in_batch is None else num_items_in_batch
+        if model.training and self._plan.device.dtype == "fp16":
+            # The mean divides gradients by the step's tokens; the scale makes up for that.
+            self._backward_scale = self.token_scale * float(tokens)
+            loss = ScaleGradient.apply(loss, self._backward_scale)  # type: ignore[no-untyped-call]
+        return loss / tokens
 
     def _summed_loss(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Return the summed loss and the number of labelled tokens of a batch."""
@@ -200,14 +195,15 @@ class AnswerTrainer(SFTTrainer):
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             ).last_hidden_state
             head = base.get_output_embeddings()
-            loss = _AnswerLoss.apply(states[:, :-1][counted], head.weight, head.bias, labels[counted])  # type: ignore[no-untyped-call]
+            loss = AnswerLoss.apply(states[:, :-1][counted], head.weight, head.bias, labels[counted])  # type: ignore[no-untyped-call]
         return loss, int(counted.sum())
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in the base's 16-bit format, with the adapter's weights kept in fp32."""
-        if self._plan.dtype == "fp32":
+        device = self._plan.device
+        if device.dtype == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self._plan.kind, dtype=self._plan.torch_dtype)
+        return torch.autocast(device.kind, dtype=device.torch_dtype)
 
     def check_head(self) -> None:
         """Make sure that our short way to the scores is the model's own.
@@ -252,26 +248,74 @@ class AnswerTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip; an update whose gradient is not finite is left out instead of ruining the adapter."""
-        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        finite = math.isfinite(float(norm))
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Measure; an update that comes from what is not finite is left out instead of ruining the adapter.
+
+        Called for every update, whether its gradient was clipped or not.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        while self._overflowed(norm):
+            norm = self._step_with_less_scale(model)
+        finite = math.isfinite(float(norm)) and math.isfinite(float(self._step_loss))
         if not finite:
             for parameter in model.parameters():
                 parameter.grad = None
-            self._note(finite)
+        self._note(finite)
         return norm
 
+    def _overflowed(self, norm: Any) -> bool:
+        """Tell whether a smaller scale may help: in fp16 the loss is finite and its gradient is not."""
+        return (
+            self._plan.device.dtype == "fp16"
+            and self.token_scale > 1.0
+            and math.isfinite(float(self._step_loss))
+            and not math.isfinite(float(norm))
+        )
+
+    def _step_with_less_scale(self, model: Any) -> Any:
+        """Make the step's gradients again from the same rows, scaled by half, and return their norm."""
+        self.token_scale /= 2
+        model.zero_grad()
+        batches, step_tokens = self._step_batches, self._step_tokens
+        for inputs in batches:
+            self._forward_and_backward(model, inputs, step_tokens)
+        clipped = None
+        if self.args.max_grad_norm > 0:
+            clipped = self._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        return super()._get_grad_norm(model, clipped)  # type: ignore[no-untyped-call]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Keep the step's batches: fp16 may need them a second time."""
+        self._step_batches, self._step_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self._step_batches, self._step_tokens
+
     def _note(self, finite: bool) -> None:
-        """Give up on losses that stay non-finite, at once while the number format is on probation."""
+        """Give up on steps that stay non-finite, at once while the number format is on probation."""
         self._non_finite = 0 if finite else self._non_finite + 1
         allowed = 0 if self.state.global_step < PROBE_STEPS else _MAX_NON_FINITE_IN_A_ROW
         if self._non_finite > allowed:
             raise NonFiniteLoss(self.state.global_step + 1)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as transformers does; TRL's model card for each checkpoint is left out."""
+        """Save as transformers does, then seal it; TRL's model card for each checkpoint is left out."""
         Trainer._save_checkpoint(self, model, trial)
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._plan.device.dtype == "fp16":
+            (folder / _SCALE_FILE).write_text(json.dumps(self.token_scale), encoding="utf-8")
+        seal(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what a resumed training goes on with, fp16's scale too."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._plan.device.dtype == "fp16":
+            self.token_scale = float(json.loads((Path(checkpoint) / _SCALE_FILE).read_text(encoding="utf-8")))
+
+
+def given_batches(trainer: AnswerTrainer, batches: Any) -> None:
+    """Have a trainer train on batches of a sampler's own, in place of the plan's."""
+    rows: Any = trainer.train_dataset
+    loader = _Batches(rows, batch_sampler=batches, collate_fn=trainer.data_collator, num_workers=0)
+    trainer.get_train_dataloader = lambda: loader  # type: ignore[method-assign]
 
 
 def _token_dataset(rows: Sequence[Encoded]) -> TokenDataset:

@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
-from google.protobuf.message import Message
-from web4.lora.v1 import trainer_pb2
+from web4.lora.v1 import artifacts_pb2, trainer_pb2
 from web4lora_chassis.artifacts import ArtifactRef
 from web4lora_chassis.errors import InvalidInput
-from web4lora_chassis.rpc import ref_of
-from web4lora_chassis.rpc.jobs import to_json
+from web4lora_chassis.pipeline.train import TrainSettings
+from web4lora_chassis.rpc import Check, ref_of
+from web4lora_chassis.rpc.callers import require_open_base
+from web4lora_chassis.rpc.jobs import Context
+from web4lora_chassis.settings import Settings
 
-from web4lora_trainer.train_settings import TrainSettings
+
+def checks(settings: Settings) -> dict[str, Check]:
+    """Return what refuses a spec, by kind of job.
+
+    Args:
+        settings: Which folders callers on other machines may name.
+    """
+
+    def prepare(spec: trainer_pb2.PrepareSpec, context: Context) -> None:
+        require_open_base(spec.base.model, settings, context)
+        check_prepare(spec)
+
+    return {"prepare": prepare, "train": lambda spec, _: check_train(spec)}
 
 
-def check(kind: str, spec: Message) -> None:
+def check_prepare(spec: trainer_pb2.PrepareSpec) -> None:
     """Refuse a spec that could never be done.
 
     Raises:
         InvalidInput: Names the field.
     """
-    if isinstance(spec, trainer_pb2.PrepareSpec):
-        if not spec.base.model.strip():
-            raise InvalidInput(
-                "prepare.base.model is empty.", fix="Name a base model.", metadata={"field": "base.model"}
-            )
-        reference(spec.dataset, "dataset")
-        settings_of(spec.train)
-    elif isinstance(spec, trainer_pb2.TrainSpec):
-        dataset = reference(spec.dataset, "dataset")
-        reference(spec.base, "base_model")
-        ArtifactRef("adapter", spec.name, dataset.digest)  # refuses a name that an artifact can't have
-        settings_of(spec.train)
-    else:
-        raise InvalidInput(f"The trainer does no {kind!r} jobs.", fix="Set prepare or train.")
+    if not spec.base.model.strip():
+        raise InvalidInput(
+            "prepare.base.model is empty.", fix="Name a base model.", metadata={"field": "base.model"}
+        )
+    checked_ref(spec.dataset, "dataset")
+    settings_of(spec.train)
 
 
-def reference(message: Message, kind: str) -> ArtifactRef:
+def check_train(spec: trainer_pb2.TrainSpec) -> None:
+    """Refuse a spec that could never be done; see `check_prepare`."""
+    dataset = checked_ref(spec.dataset, "dataset")
+    checked_ref(spec.base, "base_model")
+    ArtifactRef("adapter", spec.name, dataset.digest)  # refuses a name that an artifact can't have
+    settings_of(spec.train)
+
+
+def checked_ref(message: artifacts_pb2.ArtifactRef, kind: str) -> ArtifactRef:
     """Return the artifact that a spec names.
 
     Raises:
         InvalidInput: It names none, or one of another kind.
     """
-    ref = ref_of(message)  # type: ignore[arg-type]
+    ref = ref_of(message)
     if ref.kind != kind:
         raise InvalidInput(
             f"{ref} is of kind {ref.kind}, not {kind}.",
@@ -56,4 +70,4 @@ def settings_of(message: trainer_pb2.TrainSettings) -> TrainSettings:
     Raises:
         InvalidInput: A value is out of bounds.
     """
-    return TrainSettings.from_json(to_json(message))
+    return TrainSettings.checked(message, "train")

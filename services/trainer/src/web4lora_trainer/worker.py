@@ -1,39 +1,46 @@
-"""The child process of a trainer's job: reads the spec, does the work, returns the contract's result."""
+"""The child process of a trainer's job: from the contract's spec to its result."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from google.protobuf.json_format import ParseDict
 from web4.lora.v1 import trainer_pb2
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, open_store
 from web4lora_chassis.dataset import Dataset, read_dataset
-from web4lora_chassis.jobs import JobContext, Progress, worker_main
-from web4lora_chassis.rpc import ref_message
-from web4lora_chassis.rpc.jobs import to_json
+from web4lora_chassis.errors import Unavailable
+from web4lora_chassis.jobs import JobContext, Progress
+from web4lora_chassis.jobs.byte_progress import byte_progress
+from web4lora_chassis.rpc import job_process, ref_message
 from web4lora_chassis.settings import Settings, load
+from web4lora_llamacpp import find, find_source
+from web4lora_llamacpp.tools import cache_root
 
+from web4lora_trainer.base_check import context_tokens
 from web4lora_trainer.base_model import BaseModel, resolve
-from web4lora_trainer.run_training import Base, Preparation, TrainProgress, prepare, train
+from web4lora_trainer.beside import other_jobs, yield_memory
+from web4lora_trainer.prepare import Converter, Preparation, check_settings, prepare
+from web4lora_trainer.progress import TrainProgress
+from web4lora_trainer.rehearsal import rehearse
 from web4lora_trainer.service import tool_versions
-from web4lora_trainer.specs import reference, settings_of
+from web4lora_trainer.specs import checked_ref, settings_of
+from web4lora_trainer.train import Base, train
+from web4lora_trainer.trainings import Training
 
 _CREATED_BY = "trainer"
 
 
-def run_prepare(context: JobContext) -> Mapping[str, Any]:
+def run_prepare(spec: trainer_pb2.PrepareSpec, context: JobContext) -> trainer_pb2.PrepareResult:
     """Check the data, bring the base model into the store, and estimate the training."""
+    yield_memory()
     settings = load(Settings)
     store = open_store(settings)
-    spec = ParseDict(dict(context.spec), trainer_pb2.PrepareSpec())
     context.report(Progress(phase="check data"))
-    dataset = _dataset(store, reference(spec.dataset, "dataset"), context.work_dir)
+    dataset = _dataset(store, checked_ref(spec.dataset, "dataset"), context.work_dir)
     context.report(Progress(phase="base model"))
     base = resolve(
         spec.base.model,
@@ -41,22 +48,31 @@ def run_prepare(context: JobContext) -> Mapping[str, Any]:
         settings.cache,
         lambda line: context.report(Progress(phase="base model", message=line)),
     )
-    context.report(Progress(phase="estimate", message="counting tokens, measuring the device"))
-    found = prepare(settings_of(spec.train), dataset, base.checkpoint.folder)
+    context.report(Progress(phase="check base model", message="against itself, and against llama.cpp"))
+    train_settings = settings_of(spec.train)
+    check_settings(train_settings, base.decoder.folder, spec.context_tokens)  # before llama.cpp is fetched
+    found = prepare(
+        train_settings, dataset, base.decoder.folder,
+        _converter(settings, context), base.name, context.work_dir, base.licence, other_jobs, rehearse,
+    )  # fmt: skip
     ref = _store_base(store, base, context)
-    return to_json(_prepare_result(ref, dataset, found))
+    return _prepare_result(ref, dataset, found)
+
+
+def _converter(settings: Settings, context: JobContext) -> Converter | None:
+    """Return llama.cpp's converter, fetched when it is not there yet; None where it is out of reach."""
+    try:
+        source = find_source(cache_root(settings.cache), context.report)
+    except Unavailable as error:
+        context.report(Progress(phase="check base model", message=error.message))
+        return None
+    llama = find(settings.cache)
+    return Converter(source, llama.tokenize if llama else None)
 
 
 def _store_base(store: ArtifactStore, base: BaseModel, context: JobContext) -> ArtifactRef:
-    files = base.files()
+    files = base.decoder.files()
     total = sum(path.stat().st_size for path in files.values())
-    moved = 0
-
-    def advance(count: int) -> None:
-        nonlocal moved
-        moved += count
-        context.report(Progress(phase="store base model", done=moved, total=total, unit="bytes"))
-
     return store.put(
         "base_model",
         base.name,
@@ -64,7 +80,7 @@ def _store_base(store: ArtifactStore, base: BaseModel, context: JobContext) -> A
         parameters={"source": base.source, "revision": base.revision, "licence": base.licence},
         created_by=_CREATED_BY,
         link=base.ours,
-        advance=advance,
+        advance=byte_progress(context.report, "store base model", total),
     )
 
 
@@ -78,6 +94,7 @@ def _prepare_result(ref: ArtifactRef, dataset: Dataset, found: Preparation) -> t
             rows_by_core=dataset.rows_by_core,
             tokens=found.train.tokens,
             trained_tokens=found.train.trained_tokens,
+            answers=found.train.answers,
             longest_row_tokens=found.train.longest_row_tokens,
             rows_too_long=found.train.rows_too_long,
             warnings=[*dataset.warnings, *found.warnings],
@@ -88,39 +105,48 @@ def _prepare_result(ref: ArtifactRef, dataset: Dataset, found: Preparation) -> t
             steps=needed.steps,
             seconds=needed.seconds,
             disk_bytes=needed.disk_bytes,
+            rehearsed=needed.rehearsed,
         ),
         device=str(found.device),
+        compared=found.compared,
+        context_tokens=found.context_tokens,
     )
 
 
-def run_train(context: JobContext) -> Mapping[str, Any]:
-    """Train, going on from the last checkpoint of an earlier attempt, and store the adapter."""
+def run_train(spec: trainer_pb2.TrainSpec, context: JobContext) -> trainer_pb2.TrainResult:
+    """Train, going on from the last checkpoint of this or an earlier job, and store the adapter."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # all there is to read lies on this machine
     settings = load(Settings)
     store = open_store(settings)
-    spec = ParseDict(dict(context.spec), trainer_pb2.TrainSpec())
-    dataset_ref, base_ref = reference(spec.dataset, "dataset"), reference(spec.base, "base_model")
+    dataset_ref, base_ref = checked_ref(spec.dataset, "dataset"), checked_ref(spec.base, "base_model")
     context.report(Progress(phase="fetch"))
     dataset = _dataset(store, dataset_ref, context.work_dir)
     folder = settings.cache / "artifacts" / base_ref.prefix
     made_with = store.get(base_ref, folder).parameters
-    base = Base(folder, json.loads(made_with["source"]), json.loads(made_with["revision"]))
+    base = Base(folder, json.loads(made_with["source"]), json.loads(made_with["revision"]), base_ref.digest)
 
-    asked = settings_of(spec.train)
-    outcome = train(
-        asked, dataset, base, context.work_dir, lambda progress: context.report(_progress(progress)),
-        memory_failures=context.memory_failures,
-    )  # fmt: skip
-    context.report(Progress(phase="store adapter"))
-    adapter = store.put(
-        "adapter",
-        spec.name,
-        outcome.files,
-        inputs=[dataset_ref, base_ref],
-        parameters={**asdict(asked), "device": outcome.device},
-        tools=tool_versions(),
-        created_by=_CREATED_BY,
+    train_settings = settings_of(spec.train).for_model(context_tokens(folder))
+    root = settings.home / "trainer" / "trainings"
+    training = Training(
+        root, (dataset_ref.digest, base_ref.digest), train_settings, context.work_dir, settings
     )
+    with training.open() as work_dir:
+        outcome = train(
+            train_settings, dataset, base, work_dir, lambda progress: context.report(_progress(progress)),
+            memory_failures=context.memory_failures, end_early=context.end_early,
+        )  # fmt: skip
+        context.report(Progress(phase="store adapter"))
+        adapter = store.put(
+            "adapter",
+            spec.name,
+            outcome.files,
+            inputs=[dataset_ref, base_ref],
+            parameters={**asdict(train_settings), "device": outcome.device},
+            tools=tool_versions(),
+            created_by=_CREATED_BY,
+        )
+        if not outcome.ended_early:  # else a new job of the same goes on from there
+            training.finish()
     result = trainer_pb2.TrainResult(
         adapter=ref_message(adapter),
         final_loss=outcome.final_loss,
@@ -132,10 +158,12 @@ def run_train(context: JobContext) -> Mapping[str, Any]:
         peak_memory_bytes=outcome.peak_memory_bytes,
         device=outcome.device,
         trained_parameters=outcome.trained_parameters,
+        events=outcome.events,
+        ended_early=outcome.ended_early,
     )
     if outcome.held_out_loss is not None:
         result.held_out_loss = outcome.held_out_loss
-    return to_json(result)
+    return result
 
 
 def _dataset(store: ArtifactStore, ref: ArtifactRef, work_dir: Path) -> Dataset:
@@ -156,7 +184,7 @@ def _progress(progress: TrainProgress) -> Progress:
             ("held_out_loss", progress.held_out_loss),
             ("tokens_per_second", progress.tokens_per_second or None),
         )
-        if value is not None
+        if value is not None and math.isfinite(value)
     }
     parts = []
     if progress.loss is not None:
@@ -167,6 +195,8 @@ def _progress(progress: TrainProgress) -> Progress:
         parts.append(f"{progress.tokens_per_second:.0f} tokens/s")
     if progress.resumed_step:
         parts.append(f"resumed at step {progress.resumed_step}")
+    if progress.note:
+        parts.append(progress.note)
     return Progress(
         phase=progress.phase,
         done=progress.step,
@@ -179,4 +209,4 @@ def _progress(progress: TrainProgress) -> Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(worker_main({"prepare": run_prepare, "train": run_train}))
+    sys.exit(job_process({"prepare": run_prepare, "train": run_train}))

@@ -25,7 +25,7 @@ def steer(context: JobContext, kind: str) -> None:
     if failure.exists():
         raise ResourceExhausted(failure.read_text(), fix="Buy memory.", reason="OUT_OF_MEMORY")
     step = 0
-    while step < 3 or (CONTROL / f"hold-{kind}").exists():
+    while step < 3 or ((CONTROL / f"hold-{kind}").exists() and not context.end_early()):
         step += 1
         context.report(Progress(kind, step, 100, "steps", message=f"step {step}", figures={"loss": 1 / step}))
         time.sleep(0.05)
@@ -46,7 +46,8 @@ def store_files(context: JobContext, kind: str, name: str, texts: dict[str, str]
 def prepare(context: JobContext) -> dict:
     steer(context, "prepare")
     base = store_files(context, "base_model", "base", {"config.json": json.dumps(context.spec["base"])})
-    return {"base": base, "dataset": {"train_rows": 3, "rows_by_core": {"tool": 3}}, "device": "stand-in"}
+    dataset = {"train_rows": 3, "rows_by_core": {"tool": 3}}
+    return {"base": base, "dataset": dataset, "device": "stand-in", "context_tokens": 8192}
 
 
 def train(context: JobContext) -> dict:
@@ -58,7 +59,10 @@ def train(context: JobContext) -> dict:
         "logs/loss.csv": "step,loss\n1,0.5\n",
     }
     adapter = store_files(context, "adapter", spec["name"], texts, [spec["dataset"], spec["base"]])
-    return {"adapter": adapter, "final_loss": 0.5, "verdict": "settled", "steps": 3, "tokens_per_second": 7.5}
+    return {
+        "adapter": adapter, "final_loss": 0.5, "verdict": "settled", "steps": 3, "tokens_per_second": 7.5,
+        "ended_early": context.end_early(),
+    }  # fmt: skip
 
 
 def package(context: JobContext) -> dict:
@@ -98,11 +102,11 @@ def deploy(context: JobContext) -> dict:
     deployment = {
         "id": f"{spec['name']}:v{spec['gguf']['digest'][:8]}",
         "name": spec["name"],
-        "target": "llama-server",
+        "target": spec["deploy"].get("target", "auto").replace("auto", "llama-server"),
         "endpoint": "http://127.0.0.1:1/v1",
         "gguf": spec["gguf"],
         "state": "DEPLOYMENT_STATE_SERVING",
-        "context_tokens": spec["deploy"]["context_tokens"],
+        "context_tokens": spec["deploy"].get("context_tokens", 4096),
     }
     (CONTROL / f"deployment-{spec['gguf']['digest'][:8]}.json").write_text(json.dumps(deployment))
     return {"deployment": deployment, "ready_seconds": 0.1}
@@ -116,7 +120,11 @@ def verify(context: JobContext) -> dict:
     report = store_files(context, "report", spec["name"], texts)
     missed = (CONTROL / "miss-limits").exists()
     gates = [{"name": "memory", "passed": True}, {"name": "speed", "passed": not missed}]
-    return {"passed": not missed, "verdict": "usable", "scores": [score], "gates": gates, "report": report}
+    result = {"passed": not missed, "verdict": "usable", "scores": [score], "gates": gates, "report": report}
+    if (CONTROL / "undecided").exists():
+        gates[0]["state"], gates[1]["state"] = "TEST_STATE_PASSED", "TEST_STATE_UNDECIDED"
+        result |= {"passed": False, "state": "TEST_STATE_UNDECIDED"}
+    return result
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from google.protobuf.json_format import ParseDict
 from web4.lora.v1 import (
     deployer_pb2,
     deployer_pb2_grpc,
+    deployments_pb2,
+    deployments_pb2_grpc,
     packager_pb2,
     packager_pb2_grpc,
     trainer_pb2,
@@ -21,14 +23,19 @@ from web4.lora.v1 import (
 )
 from web4lora_chassis.errors import FailedPrecondition, NotFound
 from web4lora_chassis.jobs import JobRunner
-from web4lora_chassis.rpc import JobApi, Registration, serve
-from web4lora_chassis.settings import Settings, load
+from web4lora_chassis.rpc import Registration, Worker, worker_process
+from web4lora_chassis.settings import Settings
 
 NAME, CONTROL = sys.argv[1], Path(sys.argv[2])
 MODULES = {
     "trainer": (trainer_pb2, trainer_pb2_grpc),
     "packager": (packager_pb2, packager_pb2_grpc),
     "deployer": (deployer_pb2, deployer_pb2_grpc),
+}
+KINDS = {
+    "trainer": ("prepare", "train"),
+    "packager": ("package",),
+    "deployer": ("deploy", "verify", "evaluate", "push"),
 }
 INFO = {
     "trainer": {"version": "0.1.0", "device": "stand-in", "tools": {"torch": "2"}},
@@ -40,71 +47,65 @@ INFO = {
 }
 
 
-def make_servicer(api: JobApi) -> object:
+def make_servicer() -> object:
     messages, services = MODULES[NAME]
     title = NAME.capitalize()
 
     def answer(call: str) -> type:
         return getattr(messages, f"{call}Response")
 
-    async def create(self, request, context):
-        return answer(f"Create{title}Job")(job=await api.create(request))
-
-    async def get(self, request, context):
-        return answer(f"Get{title}Job")(job=api.get(request.id))
-
-    async def list_jobs(self, request, context):
-        jobs, token = api.list(request)
-        return answer(f"List{title}Jobs")(jobs=jobs, next_page_token=token)
-
-    async def watch(self, request, context):
-        async for job in api.watch(request.id):
-            yield answer(f"Watch{title}Job")(job=job)
-
-    async def cancel(self, request, context):
-        return answer(f"Cancel{title}Job")(job=await api.cancel(request.id))
-
     async def info(self, request, context):
-        return ParseDict(INFO[NAME], answer(f"Get{title}Info")())
+        told = dict(INFO[NAME])
+        if NAME == "deployer" and (CONTROL / "target").exists():
+            told["target"] = (CONTROL / "target").read_text()
+        return ParseDict(told, answer(f"Get{title}Info")())
 
-    async def list_deployments(self, request, context):
-        return answer("ListDeployments")(deployments=deployments())
+    async def check_suite(self, request, context):
+        return answer("CheckSuite")(scores=["tool_call.valid", "answers.ends"])
 
-    async def get_deployment(self, request, context):
-        return answer("GetDeployment")(deployment=found(request.id))
+    calls = {f"Get{title}Info": info}
+    if NAME == "deployer":
+        calls["CheckSuite"] = check_suite
+    return type("StandIn", (getattr(services, f"{title}ServiceServicer"),), calls)()
 
-    async def promote(self, request, context):
+
+class StandInDeployments(deployments_pb2_grpc.DeploymentServiceServicer):
+    async def ListDeployments(self, request, context):
+        return deployments_pb2.ListDeploymentsResponse(deployments=deployments())
+
+    async def GetDeployment(self, request, context):
+        return deployments_pb2.GetDeploymentResponse(deployment=found(request.id))
+
+    async def PromoteDeployment(self, request, context):
+        (CONTROL / "promoting").touch()
+        while (CONTROL / "hold-promote").exists():
+            await asyncio.sleep(0.05)
         before = [other for other in names() if other != request.id]
         (CONTROL / "names.json").write_text(json.dumps([request.id, *before]))
-        return answer("PromoteDeployment")(deployment=found(request.id))
+        return deployments_pb2.PromoteDeploymentResponse(deployment=found(request.id))
 
-    async def roll_back(self, request, context):
+    async def RollbackDeployment(self, request, context):
         serving = names()
         if serving[0] == request.from_id:
             if len(serving) == 1:
                 raise FailedPrecondition("no earlier one", reason="NO_EARLIER_CANDIDATE")
             (CONTROL / "names.json").write_text(json.dumps(serving[1:]))
-        return answer("RollbackDeployment")(deployment=found(request.name))
+        return deployments_pb2.RollbackDeploymentResponse(deployment=found(request.name))
 
-    async def delete(self, request, context):
+    async def DeleteDeployment(self, request, context):
         (CONTROL / f"deployment-{request.id.partition(':v')[2]}.json").unlink(missing_ok=True)
-        return answer("DeleteDeployment")()
+        return deployments_pb2.DeleteDeploymentResponse()
 
-    calls = {
-        f"Create{title}Job": create, f"Get{title}Job": get, f"List{title}Jobs": list_jobs,
-        f"Watch{title}Job": watch, f"Cancel{title}Job": cancel, f"Get{title}Info": info,
-    }  # fmt: skip
-    if NAME == "deployer":
-        calls |= {
-            "ListDeployments": list_deployments, "GetDeployment": get_deployment,
-            "PromoteDeployment": promote, "RollbackDeployment": roll_back, "DeleteDeployment": delete,
-        }  # fmt: skip
-    return type("StandIn", (getattr(services, f"{title}ServiceServicer"),), calls)()
+    async def SetAdapters(self, request, context):
+        deployment = found(request.id)
+        for name, scale in request.scales.items():
+            deployment.adapters.add(name=name, scale=scale)
+        return deployments_pb2.SetAdaptersResponse(deployment=deployment)
 
 
-def deployments() -> list[deployer_pb2.Deployment]:
+def deployments() -> list[deployments_pb2.Deployment]:
     made = [
-        ParseDict(json.loads(path.read_text()), deployer_pb2.Deployment())
+        ParseDict(json.loads(path.read_text()), deployments_pb2.Deployment())
         for path in sorted(CONTROL.glob("deployment-*.json"))
     ]
     for deployment in made:
@@ -118,7 +119,7 @@ def names() -> list[str]:
     return json.loads(place.read_text()) if place.exists() else []
 
 
-def found(id_or_name: str) -> deployer_pb2.Deployment:
+def found(id_or_name: str) -> deployments_pb2.Deployment:
     known = {deployment.id: deployment for deployment in deployments()}
     for deployment in list(known.values()):
         if deployment.promoted or deployment.name not in known:
@@ -128,22 +129,28 @@ def found(id_or_name: str) -> deployer_pb2.Deployment:
     return known[id_or_name]
 
 
-async def main() -> None:
-    settings = load(Settings)
+def stand_in(settings: Settings) -> Worker:
+    title = NAME.capitalize()
+    add = getattr(MODULES[NAME][1], f"add_{title}ServiceServicer_to_server")
     runner = JobRunner(
         settings.home / NAME / "jobs",
         "stand_in_child",
+        lanes={"prepare": "prepare"},
         cancel_grace_seconds=1,
+        can_end_early=("train",),
         env={"PYTHONPATH": str(Path(__file__).parent), "STAND_IN_CONTROL": str(CONTROL)},
     )
-    await runner.start()
-    messages, services = MODULES[NAME]
-    title = NAME.capitalize()
-    api = JobApi(runner, getattr(messages, f"{title}Job"), lambda kind, spec: None)
-    add = getattr(services, f"add_{title}ServiceServicer_to_server")
-    address = getattr(settings, f"{NAME}_address")
-    await serve(address, [Registration(f"web4.lora.v1.{title}Service", add, make_servicer(api))], settings)
-    await runner.stop()
+    own = [Registration(f"web4.lora.v1.{title}Service", add, make_servicer())]
+    if NAME == "deployer":
+        add = deployments_pb2_grpc.add_DeploymentServiceServicer_to_server
+        own.append(Registration("web4.lora.v1.DeploymentService", add, StandInDeployments()))
+    return Worker(
+        NAME,
+        getattr(settings, f"{NAME}_address"),
+        own,
+        runner,
+        {kind: lambda *_: None for kind in KINDS[NAME]},
+    )
 
 
-asyncio.run(main())
+sys.exit(worker_process(NAME, Settings, stand_in))

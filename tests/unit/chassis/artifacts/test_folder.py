@@ -189,7 +189,7 @@ def test_stale_parts_go_and_fresh_ones_stay(
     ref = store.put("gguf", "demo", write(tmp_path / "in", a="alpha"))
     part = root / ref.prefix / ".part-left"
     part.write_text("half")
-    assert ".part-left" not in " ".join(FolderBackend(root).keys(""))
+    assert ".part-left" not in " ".join(stored.key for stored in FolderBackend(root).stored(""))
     FolderBackend(root).write(f"{ref.prefix}/x", b"")
     assert part.exists()
     now = time.time()
@@ -240,3 +240,23 @@ def test_credentials_in_the_address_are_refused_and_not_repeated() -> None:
 
 def test_open_store_takes_a_folder(tmp_path: Path) -> None:
     assert open_store(Settings(store=(tmp_path / "a b").as_uri())).url == (tmp_path / "a b").as_uri()
+
+
+def test_an_odd_manifest_hides_no_other(tmp_path: Path) -> None:
+    store = ArtifactStore(FolderBackend(tmp_path / "store"))
+    (tmp_path / "a").write_bytes(b"a")
+    good, other = (store.put("gguf", name, {"a": tmp_path / "a"}) for name in ("good", "other"))
+    place = tmp_path / "store" / other.prefix / "manifest.json"
+    whole = json.loads(place.read_text())
+    odd: list[object] = [
+        {**whole, "name": 7},
+        {**whole, "kind": "virus"},
+        {**whole, "parameters": {"a": "\ud800"}},
+        {**whole, "created_at": float("nan")},
+        {**whole, "files": [{**whole["files"][0], "size_bytes": float("inf")}]},
+    ]
+    for data in odd:
+        place.write_text(json.dumps(data))
+        assert [manifest.ref for manifest in store.find("gguf")] == [good]
+    place.write_text("[" * 100_000)
+    assert [manifest.ref for manifest in store.find("gguf")] == [good]

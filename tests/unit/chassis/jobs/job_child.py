@@ -63,6 +63,11 @@ def run_out_of_memory(context: JobContext) -> Mapping[str, Any]:
     }
 
 
+def segfault(context: JobContext) -> Mapping[str, Any]:
+    os.kill(os.getpid(), 11)
+    return {}
+
+
 def raise_memory_error(context: JobContext) -> Mapping[str, Any]:
     raise MemoryError
 
@@ -97,6 +102,18 @@ def hold(context: JobContext) -> Mapping[str, Any]:
     return {"lengths": {name: len(value) for name, value in context.secrets.items()}, "in_env": seen}
 
 
+def count_up(context: JobContext) -> Mapping[str, Any]:
+    """Count until asked to end early; end at once, by a kill, in the first attempt."""
+    steps = 0
+    while not context.end_early():
+        steps += 1
+        context.report(Progress("count", steps, 0, "steps"))
+        time.sleep(0.02)
+    if context.attempt <= context.spec.get("killed_attempts", 0):
+        os.kill(os.getpid(), 9)
+    return {"attempt": context.attempt, "counted": steps > 0}
+
+
 def fork(context: JobContext) -> Mapping[str, Any]:
     """Leave a forked grandchild behind that holds our pipes open."""
     if os.fork() == 0:
@@ -116,10 +133,12 @@ if __name__ == "__main__":
                 "unserializable": unserializable,
                 "leave": leave,
                 "run_out_of_memory": run_out_of_memory,
+                "segfault": segfault,
                 "raise_memory_error": raise_memory_error,
                 "hang": hang,
                 "fork": fork,
                 "hold": hold,
+                "count_up": count_up,
             }
         )
     )

@@ -19,7 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
-from web4lora_chassis.errors import AlreadyExists, InvalidInput, NotFound, ResourceExhausted
+from web4lora_chassis.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidInput,
+    NotFound,
+    ResourceExhausted,
+)
 from web4lora_chassis.jobs import JobRecord, JobRunner, JobState, Progress
 
 HERE = Path(__file__).parent
@@ -92,12 +98,17 @@ def test_errors_of_ours_keep_their_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "reason", "message"),
     [
-        ("crash", "INTERNAL", "RuntimeError: tensor of the wrong shape"),
+        ("crash", "INTERNAL", "An error that was not foreseen (RuntimeError)."),
         ("unserializable", "INTERNAL", "TypeError"),
         ("leave", "WORKER_DIED", "exit code 7"),
         ("unknown_kind", "WORKER_DIED", "exit code 1"),
         ("raise_memory_error", "OUT_OF_MEMORY", "Memory ran out"),
-        ("run_out_of_memory", "OUT_OF_MEMORY", "killed from outside"),
+        ("run_out_of_memory", "OUT_OF_MEMORY", "was killed by SIGKILL, most likely because memory ran out"),
+        (
+            "segfault",
+            "PROGRAM_CRASHED",
+            "was killed by SIGSEGV, most likely it was compiled for instructions",
+        ),
     ],
 )
 def test_every_other_end_is_named(tmp_path: Path, kind: str, reason: str, message: str) -> None:
@@ -164,6 +175,59 @@ def test_jobs_run_in_order_and_as_many_at_once_as_allowed(tmp_path: Path) -> Non
     asyncio.run(main())
     expected = [f"{what} {name}" for name in "abc" for what in ("begin", "end")]
     assert (tmp_path / "notes").read_text().splitlines() == expected
+
+
+def test_each_lane_has_a_line_of_its_own(tmp_path: Path) -> None:
+    async def main() -> list[JobRecord]:
+        release = tmp_path / "release"
+        spec = {"pids": str(tmp_path / "pids"), "release": str(release)}
+        async with running(tmp_path / "jobs", lanes={"hang": "long", "note": "short"}) as runner:
+            first = await runner.create("hang", "long", spec)
+            second = await runner.create("hang", "long 2", spec)
+            notes = [
+                await runner.create("note", f"short {name}", {"file": str(tmp_path / "notes"), "name": name})
+                for name in "abc"
+            ]
+            done = [await ended(runner, note.id) for note in notes]
+            assert runner.get(first.id).state is JobState.RUNNING
+            assert runner.get(second.id).state is JobState.QUEUED
+            release.touch()
+            return [*done, await ended(runner, first.id), await ended(runner, second.id)]
+
+    *notes, first, second = asyncio.run(main())
+    assert [note.state for note in notes] == [JobState.SUCCEEDED] * 3
+    expected = [f"{what} {name}" for name in "abc" for what in ("begin", "end")]
+    assert (tmp_path / "notes").read_text().splitlines() == expected
+    assert first.ended_at <= second.started_at
+
+
+def test_a_job_that_lacks_something_waits_beside_others_and_says_for_what(tmp_path: Path) -> None:
+    lacking = ["waits for 2.5 GB of memory"]
+
+    async def main() -> list[JobRecord]:
+        release = tmp_path / "release"
+        spec = {"pids": str(tmp_path / "pids"), "release": str(release)}
+        lanes = {"hang": "long", "succeed": "short"}
+        async with running(
+            tmp_path / "jobs", lanes=lanes, lacks=lambda kind: lacking[0] if kind == "succeed" else ""
+        ) as runner:
+            alone = await runner.create("succeed", "alone", {})
+            assert (await ended(runner, alone.id)).state is JobState.SUCCEEDED
+            await runner.create("hang", "long", spec)
+            await until((tmp_path / "pids").exists)
+            waiting = await runner.create("succeed", "short", {})
+            given_up = await runner.create("succeed", "given up", {})
+            await until(lambda: runner.get(waiting.id).progress.phase == "wait")
+            seen = runner.get(waiting.id)
+            await runner.cancel(given_up.id)
+            release.touch()  # what it waits for comes, or the others end
+            return [seen, await ended(runner, waiting.id), runner.get(given_up.id)]
+
+    seen, last, given_up = asyncio.run(main())
+    assert seen.state is JobState.QUEUED
+    assert seen.progress.message == "waits for 2.5 GB of memory"
+    assert last.state is JobState.SUCCEEDED
+    assert given_up.state is JobState.CANCELLED
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
@@ -318,6 +382,33 @@ def test_unreadable_job_is_named_and_set_aside(
     assert (tmp_path / "broken" / "job.json.unreadable").exists()
 
 
+def test_a_result_that_finds_no_room_is_waited_for_and_the_work_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("web4lora_chassis.jobs.runner._ROOM_INTERVAL_SECONDS", 0.02)
+    save, full = JobRecord.save, [True]
+
+    def save_while_there_is_room(record: JobRecord, path: Path) -> None:
+        if record.state is JobState.SUCCEEDED and full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(record, path)
+
+    monkeypatch.setattr(JobRecord, "save", save_while_there_is_room)
+
+    async def main() -> None:
+        async with running(tmp_path) as runner:
+            made = await runner.create("run_out_of_memory", "r", {"needed": 0})
+            await until(lambda: runner.get(made.id).progress.phase == "wait")
+            assert runner.get(made.id).state is JobState.RUNNING
+            assert (tmp_path / made.id / "work" / "attempt1").exists()
+            full[0] = False
+            assert (await ended(runner, made.id)).state is JobState.SUCCEEDED
+            await until(lambda: not (tmp_path / made.id / "work").exists())
+        assert JobRecord.load(tmp_path / made.id / "job.json").state is JobState.SUCCEEDED
+
+    asyncio.run(main())
+
+
 def test_full_disk_on_create_is_told_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,3 +460,54 @@ def test_secrets_reach_the_child_and_no_file(tmp_path: Path) -> None:
 
 def test_a_job_without_secrets_gets_none(tmp_path: Path) -> None:
     assert asyncio.run(one(tmp_path, "hold")).result == {"lengths": {}, "in_env": False}
+
+
+async def begun(runner: JobRunner, job_id: str) -> None:
+    async for record in runner.watch(job_id):
+        if record.progress.done:
+            return
+
+
+def test_a_job_that_ends_early_succeeds_with_what_it_made(tmp_path: Path) -> None:
+    async def main() -> JobRecord:
+        async with running(tmp_path, can_end_early=["count_up"]) as runner:
+            record = await runner.create("count_up", "r", {})
+            await begun(runner, record.id)
+            assert (await runner.end_early(record.id)).state is JobState.RUNNING
+            last = await ended(runner, record.id)
+            assert await runner.end_early(record.id) == last
+            return last
+
+    last = asyncio.run(main())
+    assert last.state is JobState.SUCCEEDED
+    assert last.result == {"attempt": 1, "counted": True}
+
+
+def test_a_jobs_next_attempt_still_knows_that_it_is_to_end_early(tmp_path: Path) -> None:
+    async def main() -> JobRecord:
+        async with running(tmp_path, can_end_early=["count_up"], memory_retries=1) as runner:
+            record = await runner.create("count_up", "r", {"killed_attempts": 1})
+            await begun(runner, record.id)
+            await runner.end_early(record.id)
+            return await ended(runner, record.id)
+
+    last = asyncio.run(main())
+    assert last.state is JobState.SUCCEEDED
+    assert last.result == {"attempt": 2, "counted": False}
+
+
+def test_what_has_nothing_to_keep_is_not_ended_early(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running(tmp_path, can_end_early=["count_up"]) as runner:
+            hanging = await runner.create("hang", "h", {"pids": str(tmp_path / "pids")})
+            waiting = await runner.create("count_up", "w", {})
+            await begun(runner, hanging.id)
+            with pytest.raises(FailedPrecondition, match="A hang job can't end early"):
+                await runner.end_early(hanging.id)
+            with pytest.raises(FailedPrecondition, match="has not begun: there is nothing to keep"):
+                await runner.end_early(waiting.id)
+            with pytest.raises(NotFound):
+                await runner.end_early("none")
+            assert runner.get(waiting.id).state is JobState.QUEUED
+
+    asyncio.run(main())

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any
 
-from google.protobuf.json_format import ParseDict
 from web4.lora.v1 import trainer_pb2
 from web4lora_chassis.errors import OutOfMemory
-from web4lora_chassis.jobs import JobContext, Progress, worker_main
-from web4lora_chassis.rpc.jobs import to_json
+from web4lora_chassis.jobs import JobContext, Progress
+from web4lora_chassis.rpc import job_process
 
 
-def prepare(context: JobContext) -> Mapping[str, Any]:
-    spec = ParseDict(dict(context.spec), trainer_pb2.PrepareSpec())
+def prepare(spec: trainer_pb2.PrepareSpec, context: JobContext) -> trainer_pb2.PrepareResult:
     context.report(Progress("read", 5, 5, "rows", figures={"rows_per_second": 2.5}, message="read"))
     report = trainer_pb2.DatasetReport(train_rows=5_000_000_000, warnings=["é"])
-    return to_json(trainer_pb2.PrepareResult(base=spec.dataset, dataset=report, device="cpu"))
+    return trainer_pb2.PrepareResult(base=spec.dataset, dataset=report, device="cpu")
 
 
-def train(context: JobContext) -> Mapping[str, Any]:
+def train(spec: trainer_pb2.TrainSpec, context: JobContext) -> trainer_pb2.TrainResult:
     raise OutOfMemory("Training needs 21 GB.", fix="Use a smaller base.", metadata={"needed_bytes": 21 << 30})
 
 
 if __name__ == "__main__":
-    sys.exit(worker_main({"prepare": prepare, "train": train}))
+    sys.exit(job_process({"prepare": prepare, "train": train}))

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import ipaddress
 import os
+import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -22,14 +23,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from web4.lora.v1 import artifacts_pb2, jobs_pb2, trainer_pb2, trainer_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from web4.lora.v1 import artifacts_pb2, jobs_pb2, jobs_pb2_grpc, packager_pb2, trainer_pb2, trainer_pb2_grpc
 from web4lora_chassis import errors
 from web4lora_chassis.artifacts import ArtifactRef
 from web4lora_chassis.jobs import JobRunner
 from web4lora_chassis.rpc import (
-    JobApi,
+    JobService,
     Registration,
     async_channel,
+    auth,
     channel,
     error_of,
     failure_of,
@@ -37,10 +40,11 @@ from web4lora_chassis.rpc import (
     ref_of,
     serve,
 )
-from web4lora_chassis.settings import Settings
+from web4lora_chassis.settings import Settings, is_loopback
 
 HERE = Path(__file__).parent
 NAME = "web4.lora.v1.TrainerService"
+JOBS = "web4.lora.v1.JobService"
 ERRORS = [value for value in vars(errors).values() if isinstance(value, type)
           and issubclass(value, errors.Web4Error) and value is not errors.Web4Error]  # fmt: skip
 
@@ -49,50 +53,40 @@ class NoAnswer(errors.InvalidInput):
     """A service's own subclass: it must reach the client as what it is a kind of."""
 
 
-class Servicer(trainer_pb2_grpc.TrainerServiceServicer):
-    """Raises what the tests ask for; its jobs are real."""
+class Servicer(trainer_pb2_grpc.TrainerServiceServicer, jobs_pb2_grpc.JobServiceServicer):
+    """Raises what the tests ask for."""
 
-    def __init__(self, runner: JobRunner | None = None) -> None:
+    def __init__(self) -> None:
         self.raises: Exception | None = None
-        self.jobs = JobApi(runner, trainer_pb2.TrainerJob, self.check) if runner else None
-
-    @staticmethod
-    def check(kind: str, spec: Any) -> None:
-        if kind == "prepare" and not spec.HasField("dataset"):
-            raise errors.InvalidInput("prepare.dataset is missing.", metadata={"field": "prepare.dataset"})
 
     async def GetTrainerInfo(self, request: Any, context: Any) -> trainer_pb2.GetTrainerInfoResponse:
         if self.raises:
             raise self.raises
         return trainer_pb2.GetTrainerInfoResponse(version="1")
 
-    async def CreateTrainerJob(self, request: Any, context: Any) -> trainer_pb2.CreateTrainerJobResponse:
-        assert self.jobs
-        return trainer_pb2.CreateTrainerJobResponse(job=await self.jobs.create(request))
-
-    async def ListTrainerJobs(self, request: Any, context: Any) -> trainer_pb2.ListTrainerJobsResponse:
-        assert self.jobs
-        jobs, token = self.jobs.list(request)
-        return trainer_pb2.ListTrainerJobsResponse(jobs=jobs, next_page_token=token)
-
-    async def WatchTrainerJob(
-        self, request: Any, context: Any
-    ) -> AsyncIterator[trainer_pb2.WatchTrainerJobResponse]:
-        if self.jobs:
-            async for job in self.jobs.watch(request.id):
-                yield trainer_pb2.WatchTrainerJobResponse(job=job)
-            return
+    async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
         for number in range(3):
-            yield trainer_pb2.WatchTrainerJobResponse(
-                job=trainer_pb2.TrainerJob(job=jobs_pb2.Job(id=request.id, revision=number))
-            )
+            yield jobs_pb2.WatchJobResponse(job=jobs_pb2.Job(id=request.id, revision=number))
         if self.raises:
             raise self.raises
 
 
 @contextlib.asynccontextmanager
 async def served(
-    servicer: Servicer, settings: Settings | None = None, host: str = "127.0.0.1"
+    servicer: Servicer, settings: Settings | None = None, host: str = "127.0.0.1", name: str = "trainer"
+) -> AsyncIterator[int]:
+    """Serve a trainer on a free port until the block ends."""
+    registrations = [
+        Registration(NAME, trainer_pb2_grpc.add_TrainerServiceServicer_to_server, servicer),
+        Registration(JOBS, jobs_pb2_grpc.add_JobServiceServicer_to_server, servicer),
+    ]
+    async with serving(registrations, settings or Settings(), host, name) as port:
+        yield port
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    registrations: list[Registration], settings: Settings, host: str = "127.0.0.1", name: str = "trainer"
 ) -> AsyncIterator[int]:
     """Serve on a free port until the block ends."""
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -101,10 +95,7 @@ async def served(
     async def ready(number: int) -> None:
         port.set_result(number)
 
-    registration = Registration(NAME, trainer_pb2_grpc.add_TrainerServiceServicer_to_server, servicer)
-    task = asyncio.create_task(
-        serve(f"{host}:0", [registration], settings or Settings(), ready=ready, stop=stop)
-    )
+    task = asyncio.create_task(serve(f"{host}:0", registrations, settings, name=name, ready=ready, stop=stop))
     await asyncio.wait([task, port], return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         await task
@@ -145,8 +136,9 @@ def test_every_error_arrives_as_the_same_class(kind: type[errors.Web4Error]) -> 
                     with pytest.raises(grpc.RpcError) as caught:
                         stub.GetTrainerInfo(trainer_pb2.GetTrainerInfoRequest())
                     seen.append(error_of(caught.value))
-                    watch = stub.WatchTrainerJob(trainer_pb2.WatchTrainerJobRequest(id="x"))
-                    assert [next(watch).job.job.revision for _ in range(3)] == [0, 1, 2]
+                    jobs = jobs_pb2_grpc.JobServiceStub(connection)
+                    watch = jobs.WatchJob(jobs_pb2.WatchJobRequest(id="x"))
+                    assert [next(watch).job.revision for _ in range(3)] == [0, 1, 2]
                     with pytest.raises(grpc.RpcError) as caught:
                         next(watch)
                     seen.append(error_of(caught.value))
@@ -167,7 +159,7 @@ def test_every_error_arrives_as_the_same_class(kind: type[errors.Web4Error]) -> 
     [
         (NoAnswer("no answer"), errors.InvalidInput, "no answer"),
         (errors.Web4Error("bare"), errors.Internal, "bare"),
-        (KeyError("rank"), errors.Internal, "KeyError: 'rank'"),
+        (KeyError("rank"), errors.Internal, "not foreseen (KeyError)"),
         (errors.InvalidInput("x" * 100_000), errors.InvalidInput, "shortened"),
         (errors.InvalidInput(" blank around \n"), errors.InvalidInput, "blank around"),
         (errors.InvalidInput(""), errors.InvalidInput, ""),
@@ -205,21 +197,22 @@ def test_token_is_asked_for_and_health_is_open() -> None:
                 health = health_pb2_grpc.HealthStub(connection)
                 answer = await health.Check(health_pb2.HealthCheckRequest(service=NAME))
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING
-                stub = trainer_pb2_grpc.TrainerServiceStub(connection)
-                watch = stub.WatchTrainerJob(trainer_pb2.WatchTrainerJobRequest(id="x"))
+                jobs = jobs_pb2_grpc.JobServiceStub(connection)
+                watch = jobs.WatchJob(jobs_pb2.WatchJobRequest(id="x"))
                 with pytest.raises(grpc.RpcError) as caught:
                     await watch.read()
                 assert type(error_of(caught.value)) is errors.Unauthenticated
             async with async_channel(f"127.0.0.1:{port}", right) as connection:
-                stub = trainer_pb2_grpc.TrainerServiceStub(connection)
-                watch = stub.WatchTrainerJob(trainer_pb2.WatchTrainerJobRequest(id="x"))
-                assert [answer.job.job.revision async for answer in watch] == [0, 1, 2]
+                jobs = jobs_pb2_grpc.JobServiceStub(connection)
+                watch = jobs.WatchJob(jobs_pb2.WatchJobRequest(id="x"))
+                assert [answer.job.revision async for answer in watch] == [0, 1, 2]
 
             def blocking() -> int:
                 with channel(f"127.0.0.1:{port}", right) as connection:
                     stub = trainer_pb2_grpc.TrainerServiceStub(connection)
                     assert stub.GetTrainerInfo(trainer_pb2.GetTrainerInfoRequest()).version == "1"
-                    return len(list(stub.WatchTrainerJob(trainer_pb2.WatchTrainerJobRequest(id="x"))))
+                    jobs = jobs_pb2_grpc.JobServiceStub(connection)
+                    return len(list(jobs.WatchJob(jobs_pb2.WatchJobRequest(id="x"))))
 
             assert await asyncio.to_thread(blocking) == 3
 
@@ -229,24 +222,190 @@ def test_token_is_asked_for_and_health_is_open() -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", "example.invalid"])  # noqa: S104
 def test_beyond_the_loopback_a_token_is_needed(host: str) -> None:
     with pytest.raises(errors.FailedPrecondition, match="no token") as caught:
-        asyncio.run(serve(f"{host}:0", [], Settings()))
+        asyncio.run(serve(f"{host}:0", [], Settings(), name="gateway"))
     assert caught.value.reason == "TOKEN_REQUIRED"
 
 
-def test_beyond_the_loopback_with_a_token() -> None:
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", "example.invalid"])  # noqa: S104
+def test_beyond_the_loopback_no_token_travels_in_the_clear(host: str) -> None:
+    settings = Settings(token="right")  # type: ignore[arg-type]
+    for refused in (
+        lambda: asyncio.run(serve(f"{host}:0", [], settings, name="gateway")),
+        lambda: channel(f"{host}:8461", settings),
+        lambda: async_channel(f"{host}:8461", settings),
+        lambda: channel(f"{host}:8461", Settings()),  # a registry login needs no token to be read
+    ):
+        with pytest.raises(errors.FailedPrecondition, match="could be read on the way") as caught:
+            refused()
+        assert caught.value.reason == "TLS_REQUIRED"
+        assert "WEB4LORA_INSECURE=true" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [
+        ("127.0.0.1:1", True), ("127.9.9.9:1", True), ("[::1]:1", True), ("localhost:1", True), ("::1", True),
+        ("127.0.0.1", True), ("0.0.0.0:1", False), ("[::]:1", False), ("localhost.example.org:1", False),
+        ("10.0.0.1:1", False), ("packager:8463", False), ("", False), (":8461", False),
+        ("dns:///localhost:1", False),
+    ],
+)  # fmt: skip
+def test_what_the_loopback_is(address: str, here: bool) -> None:
+    assert is_loopback(address) is here
+
+
+def test_beyond_the_loopback_with_a_token_where_plain_text_is_allowed() -> None:
     async def main() -> str:
-        settings = Settings(token="right")  # type: ignore[arg-type]
+        settings = Settings(token="right", insecure=True)  # type: ignore[arg-type]
         async with served(Servicer(), settings, host="0.0.0.0") as port:  # noqa: S104
             return await info(port, settings)
 
     assert asyncio.run(main()) == "1"
 
 
+def test_without_the_token_nothing_that_was_sent_is_read() -> None:
+    read: list[int] = []
+
+    def read_request(data: bytes) -> bytes:
+        read.append(len(data))
+        return data
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        return b"ok"
+
+    def add(_: object, server: grpc.aio.Server) -> None:
+        handler = grpc.unary_unary_rpc_method_handler(answer, request_deserializer=read_request)
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(NAME, {"GetTrainerInfo": handler}),)
+        )
+
+    async def call(port: int, metadata: tuple[tuple[str, str], ...]) -> grpc.StatusCode:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as connection:
+            try:
+                await connection.unary_unary(f"/{NAME}/GetTrainerInfo")(
+                    b"x" * (3 << 20), metadata=metadata, timeout=20
+                )
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+        return grpc.StatusCode.OK
+
+    async def main() -> None:
+        settings = Settings(token="right")  # type: ignore[arg-type]
+        async with serving([Registration(NAME, add, None)], settings) as port:
+            refused = await asyncio.gather(*(call(port, ()) for _ in range(8)))
+            assert set(refused) == {grpc.StatusCode.UNAUTHENTICATED}
+            assert read == []
+            assert await call(port, (("authorization", "Bearer right"),)) is grpc.StatusCode.OK
+            assert read == [3 << 20]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/x.Y/Nothing",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+def test_without_the_token_no_other_method_tells_anything(method: str) -> None:
+    async def main() -> None:
+        async with (
+            served(Servicer(), Settings(token="right")) as port,  # type: ignore[arg-type]
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as connection,
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in connection.stream_stream(method)(iter([b""]), timeout=20):
+                    pass
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+    asyncio.run(main())
+
+
+def test_a_call_without_a_token_and_without_a_message_is_refused() -> None:
+    async def main() -> None:
+        async with (
+            served(Servicer(), Settings(token="right")) as port,  # type: ignore[arg-type]
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as connection,
+        ):
+            call = connection.stream_unary("/grpc.health.v1.Health/Check")(iter([]), timeout=20)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    asyncio.run(main())
+
+
+async def until_refused(health: health_pb2_grpc.HealthStub) -> None:
+    for _ in range(100):
+        await health.Check(health_pb2.HealthCheckRequest(), timeout=20)
+        await asyncio.sleep(0.02)  # the server has not seen the others yet
+
+
+def test_calls_without_a_token_are_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A health check that never sends its message holds one of few places, and no other call's."""
+    monkeypatch.setattr(auth, "_MAX_OPEN_CALLS", 3)
+
+    async def main() -> None:
+        right = Settings(token="right")  # type: ignore[arg-type]
+        async with served(Servicer(), right) as port, contextlib.AsyncExitStack() as stack:
+            held = [
+                await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+                for _ in range(3)
+            ]
+            calls = [each.stream_unary("/grpc.health.v1.Health/Check")() for each in held]
+            for call in calls:
+                await call.wait_for_connection()
+            async with async_channel(f"127.0.0.1:{port}", Settings()) as connection:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await until_refused(health_pb2_grpc.HealthStub(connection))
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert await info(port, right) == "1"
+            for call in calls:
+                call.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_message_too_large_to_be_meant_is_refused() -> None:
+    async def main() -> None:
+        async with served(Servicer()) as port, async_channel(f"127.0.0.1:{port}", Settings()) as connection:
+            stub = jobs_pb2_grpc.JobServiceStub(connection)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.GetJob(jobs_pb2.GetJobRequest(id="x" * (9 << 20)), timeout=20)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            get = stub.GetJob(jobs_pb2.GetJobRequest(id="x" * (5 << 20)), timeout=20)
+            watch = stub.WatchJob(jobs_pb2.WatchJobRequest(id="x" * (5 << 20)), timeout=20).read()
+            for call in (get, watch):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                error = error_of(caught.value)
+                assert isinstance(error, errors.InvalidInput)
+                assert error.message == "id has 5242880 bytes; at most 4096 are taken."
+
+    asyncio.run(main())
+
+
+def test_what_nobody_foresaw_is_in_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> errors.Web4Error:
+        servicer = Servicer()
+        servicer.raises = RuntimeError("SELECT secret FROM /home/me")
+        async with served(servicer) as port:
+            return await failed(port)
+
+    got = asyncio.run(main())
+    assert "SELECT" not in f"{got.message} {got.fix} {got.metadata}"
+    assert got.metadata["reference"] in got.fix
+    assert f"defect {got.metadata['reference']}" in caplog.text
+    assert "SELECT secret" in caplog.text
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     async def main() -> None:
         async with served(Servicer()) as port:
             with pytest.raises(errors.FailedPrecondition, match=f"127.0.0.1:{port}") as caught:
-                await serve(f"127.0.0.1:{port}", [], Settings())
+                await serve(f"127.0.0.1:{port}", [], Settings(), name="gateway")
             assert caught.value.reason == "ADDRESS_IN_USE"
 
     asyncio.run(main())
@@ -263,14 +422,28 @@ def test_health_watch_and_reflection() -> None:
 
             async def questions() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
                 yield reflection_pb2.ServerReflectionRequest(list_services="")
-                yield reflection_pb2.ServerReflectionRequest(file_containing_symbol=NAME)
+                yield reflection_pb2.ServerReflectionRequest(file_containing_symbol=JOBS)
 
             answers = [answer async for answer in reflection.ServerReflectionInfo(questions())]
             names = {service.name for service in answers[0].list_services_response.service}
-            assert {NAME, "grpc.health.v1.Health"} <= names
-            assert b"CreateTrainerJob" in answers[1].file_descriptor_response.file_descriptor_proto[0]
+            assert {NAME, JOBS, "grpc.health.v1.Health"} <= names
+            assert b"CreateJob" in answers[1].file_descriptor_response.file_descriptor_proto[0]
 
     asyncio.run(main())
+
+
+def test_a_client_of_reflection_shows_the_token() -> None:
+    async def main() -> list[str]:
+        right = Settings(token="right")  # type: ignore[arg-type]
+        async with served(Servicer(), right) as port:
+
+            def names() -> list[str]:
+                with channel(f"127.0.0.1:{port}", right) as connection:
+                    return list(ProtoReflectionDescriptorDatabase(connection).get_services())
+
+            return await asyncio.to_thread(names)
+
+    assert NAME in asyncio.run(main())
 
 
 def test_sigterm_ends_the_server() -> None:
@@ -278,7 +451,7 @@ def test_sigterm_ends_the_server() -> None:
         async def ready(_: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-        await serve("127.0.0.1:0", [], Settings(), ready=ready)
+        await serve("127.0.0.1:0", [], Settings(), name="gateway", ready=ready)
 
     asyncio.run(main())
 
@@ -385,74 +558,121 @@ def test_tls_by_halves_never_falls_back_to_plain_text(certificates: Certificates
     for name in ("tls_certificate_file", "tls_key_file") if missing == "both" else (missing,):
         values.pop(name)
     with pytest.raises(errors.FailedPrecondition, match="halves"):
-        asyncio.run(serve("127.0.0.1:0", [], Settings(**values, tls_client_required=True)))
+        asyncio.run(serve("127.0.0.1:0", [], Settings(**values, tls_client_required=True), name="gateway"))
+
+
+def check_prepare(spec: trainer_pb2.PrepareSpec, _: Any) -> None:
+    if not spec.HasField("dataset"):
+        raise errors.InvalidInput("prepare.dataset is missing.", metadata={"field": "prepare.dataset"})
+
+
+@contextlib.asynccontextmanager
+async def working(root: Path) -> AsyncIterator[Any]:
+    """Serve a trainer's jobs; yield the stub."""
+    runner = JobRunner(root, "rpc_child", env={"PYTHONPATH": str(HERE)})
+    await runner.start()
+    service = JobService("trainer", runner, {"prepare": check_prepare, "train": lambda *_: None})
+    registration = Registration(JOBS, jobs_pb2_grpc.add_JobServiceServicer_to_server, service)
+    async with serving([registration], Settings()) as port, async_channel(
+        f"127.0.0.1:{port}", Settings()
+    ) as connection:  # fmt: skip
+        yield jobs_pb2_grpc.JobServiceStub(connection)
+    await runner.stop()
+
+
+def creation(request_id: str, **spec: Any) -> jobs_pb2.CreateJobRequest:
+    return jobs_pb2.CreateJobRequest(request_id=request_id, spec=jobs_pb2.JobSpec(**spec))
 
 
 def test_jobs_over_rpc(tmp_path: Path) -> None:
     dataset = ArtifactRef("dataset", "web4", "a" * 64, 5_000_000_000)
+    spec = trainer_pb2.PrepareSpec(dataset=ref_message(dataset))
 
     async def main() -> None:
-        runner = JobRunner(tmp_path, "rpc_child", env={"PYTHONPATH": str(HERE)})
-        await runner.start()
-        async with served(Servicer(runner)) as port, async_channel(
-            f"127.0.0.1:{port}", Settings()
-        ) as connection:  # fmt: skip
-            stub = trainer_pb2_grpc.TrainerServiceStub(connection)
-            spec = trainer_pb2.PrepareSpec(dataset=ref_message(dataset))
-            created = await stub.CreateTrainerJob(
-                trainer_pb2.CreateTrainerJobRequest(request_id="a", prepare=spec)
-            )
-            again = await stub.CreateTrainerJob(
-                trainer_pb2.CreateTrainerJobRequest(request_id="a", prepare=spec)
-            )
-            assert again.job.job.id == created.job.job.id
-            answers = stub.WatchTrainerJob(trainer_pb2.WatchTrainerJobRequest(id=created.job.job.id))
+        async with working(tmp_path) as stub:
+            created = (await stub.CreateJob(creation("a", prepare=spec))).job
+            assert (await stub.CreateJob(creation("a", prepare=spec))).job.id == created.id
+            answers = stub.WatchJob(jobs_pb2.WatchJobRequest(id=created.id))
             job = [answer.job async for answer in answers][-1]
-            assert job.job.state == jobs_pb2.JOB_STATE_SUCCEEDED
-            assert job.job.progress.figures["rows_per_second"] == 2.5
-            assert ref_of(job.prepare.dataset) == ref_of(job.prepare_result.base) == dataset
-            assert job.prepare_result.dataset.train_rows == 5_000_000_000
-            assert job.job.end_time.ToMilliseconds() >= job.job.create_time.ToMilliseconds() > 0
+            assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED
+            assert job.progress.figures["rows_per_second"] == 2.5
+            assert ref_of(job.spec.prepare.dataset) == ref_of(job.result.prepare.base) == dataset
+            assert job.result.prepare.dataset.train_rows == 5_000_000_000
+            assert job.end_time.ToMilliseconds() >= job.create_time.ToMilliseconds() > 0
 
-            failing = await stub.CreateTrainerJob(
-                trainer_pb2.CreateTrainerJobRequest(request_id="b", train=trainer_pb2.TrainSpec(name="x"))
-            )
-            answers = stub.WatchTrainerJob(trainer_pb2.WatchTrainerJobRequest(id=failing.job.job.id))
+            failing = (await stub.CreateJob(creation("b", train=trainer_pb2.TrainSpec(name="x")))).job
+            answers = stub.WatchJob(jobs_pb2.WatchJobRequest(id=failing.id))
             job = [answer.job async for answer in answers][-1]
-            assert job.job.state == jobs_pb2.JOB_STATE_FAILED
-            failure = failure_of(job.job.error)
+            assert job.state == jobs_pb2.JOB_STATE_FAILED
+            assert not job.HasField("result")
+            failure = failure_of(job.error)
             assert (failure.reason, failure.fix) == ("OUT_OF_MEMORY", "Use a smaller base.")
             assert failure.metadata == {"needed_bytes": str(21 << 30)}
+            assert (await stub.GetJob(jobs_pb2.GetJobRequest(id=failing.id))).job == job
+            assert (await stub.CancelJob(jobs_pb2.CancelJobRequest(id=failing.id))).job == job
 
-            page = await stub.ListTrainerJobs(trainer_pb2.ListTrainerJobsRequest(page_size=1))
-            assert [job.job.id for job in page.jobs] == [failing.job.job.id]
-            rest = await stub.ListTrainerJobs(
-                trainer_pb2.ListTrainerJobsRequest(page_size=1, page_token=page.next_page_token)
-            )
-            assert [job.job.id for job in rest.jobs] == [created.job.job.id]
+            page = await stub.ListJobs(jobs_pb2.ListJobsRequest(page_size=1))
+            assert [job.id for job in page.jobs] == [failing.id]
+            rest = await stub.ListJobs(jobs_pb2.ListJobsRequest(page_size=1, page_token=page.next_page_token))
+            assert [job.id for job in rest.jobs] == [created.id]
             assert rest.next_page_token == ""
 
-            for request, text in [
-                (trainer_pb2.CreateTrainerJobRequest(request_id="c"), "exactly one spec"),
-                (
-                    trainer_pb2.CreateTrainerJobRequest(request_id="c", prepare=trainer_pb2.PrepareSpec()),
-                    "prepare.dataset",
-                ),
-                (trainer_pb2.CreateTrainerJobRequest(prepare=spec), "request_id"),
+    asyncio.run(main())
+
+
+def test_jobs_that_the_version_before_wrote_are_read_and_go_on(tmp_path: Path) -> None:
+    finished, running = sorted((HERE.parents[2] / "earlier_state").glob("train-*.json"))
+    for path in (finished, running):
+        (tmp_path / path.stem).mkdir()
+        shutil.copy(path, tmp_path / path.stem / "job.json")
+
+    async def main() -> None:
+        async with working(tmp_path) as stub:
+            job = (await stub.GetJob(jobs_pb2.GetJobRequest(id=finished.stem))).job
+            assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED
+            assert job.spec.train.train.epochs == 1
+            assert job.result.train.adapter.size_bytes == 473
+            answers = stub.WatchJob(jobs_pb2.WatchJobRequest(id=running.stem))
+            job = [answer.job async for answer in answers][-1]
+            assert (job.attempt, job.error.reason) == (2, "OUT_OF_MEMORY"), "the child was started again"
+            again = creation(job.request_id)
+            again.spec.CopyFrom(job.spec)
+            assert (await stub.CreateJob(again)).job.id == running.stem
+
+    asyncio.run(main())
+
+
+def test_jobs_that_can_not_be_are_refused(tmp_path: Path) -> None:
+    spec = trainer_pb2.PrepareSpec(dataset=ref_message(ArtifactRef("dataset", "web4", "a" * 64)))
+    package = packager_pb2.PackageSpec(name="x")
+
+    async def main() -> None:
+        async with working(tmp_path) as stub:
+            for request, text, fix in [
+                (jobs_pb2.CreateJobRequest(request_id="c"), "exactly one spec", ""),
+                (creation("c", prepare=trainer_pb2.PrepareSpec()), "prepare.dataset", ""),
+                (creation("", prepare=spec), "request_id", ""),
+                (creation("c", package=package), "The trainer does no package jobs.", "Ask the packager."),
             ]:
                 with pytest.raises(grpc.RpcError) as caught:
-                    await stub.CreateTrainerJob(request)
+                    await stub.CreateJob(request)
                 error = error_of(caught.value)
                 assert type(error) is errors.InvalidInput
                 assert text in error.message
+                assert error.fix == fix
             for page_request in (
-                trainer_pb2.ListTrainerJobsRequest(page_size=-1),
-                trainer_pb2.ListTrainerJobsRequest(page_token="nobody"),
+                jobs_pb2.ListJobsRequest(page_size=-1),
+                jobs_pb2.ListJobsRequest(page_token="nobody"),
             ):
                 with pytest.raises(grpc.RpcError) as caught:
-                    await stub.ListTrainerJobs(page_request)
+                    await stub.ListJobs(page_request)
                 assert type(error_of(caught.value)) is errors.InvalidInput
-        await runner.stop()
+            for call in (
+                stub.GetJob(jobs_pb2.GetJobRequest(id="x")), stub.CancelJob(jobs_pb2.CancelJobRequest(id="x"))
+            ):  # fmt: skip
+                with pytest.raises(grpc.RpcError) as caught:
+                    await call
+                assert type(error_of(caught.value)) is errors.NotFound
 
     asyncio.run(main())
 
@@ -462,3 +682,29 @@ def test_references_from_strangers_are_checked() -> None:
         ref_of(artifacts_pb2.ArtifactRef(name="x", digest="a" * 64))
     with pytest.raises(errors.InvalidInput):
         ref_of(artifacts_pb2.ArtifactRef(kind=99, name="x", digest="a" * 64))  # type: ignore[arg-type]
+
+
+def test_a_certificate_that_is_renewed_is_shown_to_the_next_client(
+    certificates: Certificates, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Written anew by halves, the last whole one is shown meanwhile."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    shutil.copy(certificates.server, certificate)
+    shutil.copy(certificates.server_key, key)
+    others = Settings(tls_authority_file=certificates.authority.with_name("other.pem"))
+
+    async def main() -> None:
+        server = Settings(tls_certificate_file=certificate, tls_key_file=key)
+        async with served(Servicer(), server) as port:
+            assert await info(port, tls(certificates)) == "1"
+            assert type(await failed(port, others)) is errors.Unavailable
+            shutil.copy(certificates.stranger, certificate)  # the key is still the other's
+            assert await info(port, tls(certificates)) == "1"
+            key.unlink()
+            assert await info(port, tls(certificates)) == "1"
+            assert "the last TLS certificate is kept" in caplog.text
+            shutil.copy(certificates.stranger_key, key)
+            assert await info(port, others) == "1"
+            assert type(await failed(port, tls(certificates))) is errors.Unavailable
+
+    asyncio.run(main())

@@ -45,7 +45,7 @@ def answers(suite: Suite, spoil: dict[str, str]) -> tuple[Answer, ...]:
     """Answer every prompt as wanted, but for those in `spoil`."""
     made = []
     for prompt in suite.prompts:
-        text = spoil.get(prompt.id, prompt.reference)
+        text = spoil.get(prompt.id, prompt.expected)
         core = suite.core(prompt.core)
         checks = GRADERS[core.grader].grade(text, prompt.check, core.rules)
         reply = Reply(text, "stop", 60, 30, 0.05, 0.3, 120.0, True)

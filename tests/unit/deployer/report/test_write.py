@@ -14,8 +14,10 @@ from web4lora_deployer.report import Comparison, Difference, ReportFacts, SpeedL
 from web4lora_deployer.report.eval_json import eval_json
 from web4lora_deployer.report.facts import summarize
 from web4lora_deployer.report.markdown import eval_log
-from web4lora_deployer.suite import Answer, Budgets, Reply
+from web4lora_deployer.suite import Answer, Budgets, Reply, State
 from web4lora_deployer.suite.tool_call import ANY_CALL, grade_constrained
+
+from tests.unit.deployer.report.conftest import answers
 
 
 def test_all_files_and_the_summary(tmp_path: Path, facts: ReportFacts) -> None:
@@ -28,7 +30,7 @@ def test_all_files_and_the_summary(tmp_path: Path, facts: ReportFacts) -> None:
             picture.verify()
     assert (summary.time_to_first_token_seconds, summary.tokens_per_second) == (0.061, 131.2)
     assert summary.memory_bytes == 312_000_000
-    assert not summary.passed
+    assert (summary.state, summary.passed) == (State.UNDECIDED, False)
     scores = {score.name: score for score in summary.scores}
     assert list(scores) == list(facts.suite.score_names)
     assert (scores["tool_call.valid"].deployed_percent, scores["tool_call.valid"].drop_points) == (97.5, 2.5)
@@ -56,17 +58,52 @@ def log(facts: ReportFacts) -> str:
 
 def test_the_log_reads_from_the_verdict_down(facts: ReportFacts) -> None:
     text = log(facts)
-    assert text.splitlines()[0].startswith("# ❌ web4-demo: usable, 4 of 9 limits missed")
+    lines = text.splitlines()
+    assert lines[0] == "# 🟡 web4-demo: undecided: no limit missed, 1 of 9 kept, 8 undecided"
+    screen = {line.split("|")[1].strip(): line.split("|")[2] for line in lines[4:9] if line.startswith("| ")}
+    assert list(screen) == ["", ":--", "✅ good", "🟡 undecided", "what to do"]
+    assert screen["✅ good"].strip() == "size reduction 61.1 % smaller"
+    assert "tool call, valid (drop) 2.5 points; " in screen["🟡 undecided"]
+    assert "about 62 prompts of its kind for tool call, valid, up to about 3,012 for " in screen["what to do"]
+    assert "Low, though no limit is set for it: helps with the rest 0 %" in screen["what to do"]
+    assert "`deploy.promote: passed` takes an undecided model" in screen["what to do"]
     heads = [line for line in text.splitlines() if line.startswith("## ")]
     assert heads == [
         "## Tool calls: 40 prompts", "## House style (TypeScript): 20 prompts", "## Guardrails: 40 prompts",
         "## All answers", "## Speed and memory", "## Limits", "## Failing examples", "## How it was measured",
     ]  # fmt: skip
     assert "| tool call, valid | 40 | 100 % | 97.5 % | 87 to 100 % | 2.5 (" in text
-    assert "40 prompts can't settle 2 points" in text
+    assert "40 prompts can't tell; about 3,012 that go the same way would" in text
     assert "![scores](scores.png)" in text
     assert "Left out: no moon." in text
     assert "run_2026-11-22_1" in text
+
+
+def test_the_first_screen_names_what_was_missed_and_what_to_do(facts: ReportFacts) -> None:
+    floors = {"guardrail.helps": 50.0, "style.all_rules": 50.0, "answers.ends": 96.0}
+    missed = replace(facts, budgets=Budgets(None, 0.7, 500, 1, floors))
+    summary = summarize(missed)
+    assert summary.state is State.FAILED
+    text = log(missed)
+    assert text.startswith("# ❌ web4-demo: failed: 4 of 6 limits missed, 2 kept\n")
+    screen = text.partition("## ")[0]
+    assert "| ❌ not good | helps with the rest 0.0 %; size reduction 61.1 % smaller; " in screen
+    for words in (
+        "Training has not brought it there (helps with the rest)", "name a smaller type first",
+        "For more tokens/s", "lower `deploy.context_tokens`",
+    ):  # fmt: skip
+        assert words in screen
+    # What 16 bit could and the deployed model can't is no matter of training.
+    lost = replace(facts, deployed=facts.reference, reference=facts.deployed, budgets=Budgets(30.0))
+    assert "Quantizing" not in log(lost)
+    broken = {prompt.id: "no" for prompt in facts.suite.prompts}
+    worse = replace(
+        facts.deployed, result=replace(facts.deployed.result, answers=answers(facts.suite, broken))
+    )
+    advice = summarize(replace(facts, deployed=worse)).advice
+    assert advice[0].startswith("Quantizing costs too much here (tool call, valid; tool call, right tool; ")
+    beside = summarize(replace(facts, deployed=worse, with_diagram=False)).advice
+    assert beside[0].startswith("16 bit is better at this")
 
 
 def test_tables_stay_whole_and_answers_stay_text(facts: ReportFacts) -> None:
@@ -93,7 +130,7 @@ def test_lost_answers_come_first(facts: ReportFacts) -> None:
 
 
 def test_a_passed_test_without_reference_run_or_limits(facts: ReportFacts) -> None:
-    bare = replace(facts, reference=None, run={}, budgets=Budgets())
+    bare = replace(facts, reference=None, run={}, budgets=Budgets(max_score_drop_points=None))
     text = log(bare)
     assert text.startswith("# ✅ web4-demo: measured, with no limits to keep\n")
     assert "drawio_diagram.png" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -46,12 +47,19 @@ class ChatHandler(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {text}\n\n".encode())
         self.wfile.flush()
 
-    def say(self, *pieces: str, finish_reason: str = "stop", last: dict[str, Any] | None = None) -> None:
+    def say(
+        self,
+        *pieces: str,
+        finish_reason: str = "stop",
+        last: dict[str, Any] | None = None,
+        pause_seconds: float = 0.0,
+    ) -> None:
         """Answer as llama-server does: pieces, the finish reason, then the figures in `last`."""
         self.begin()
         self.event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": None}}]})
         for piece in pieces:
             self.event({"choices": [{"index": 0, "delta": {"content": piece}}]})
+            time.sleep(pause_seconds)
         self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": finish_reason}]})
         if last is not None:
             self.event({"choices": []} | last)

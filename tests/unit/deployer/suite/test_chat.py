@@ -35,7 +35,7 @@ def test_a_greedy_request_and_the_servers_own_figures(chat_server: Any, client: 
 
 
 def test_without_the_servers_figures_they_are_measured(chat_server: Any, client: ChatClient) -> None:
-    chat_server.respond = lambda handler, body: handler.say(*"abcdef")
+    chat_server.respond = lambda handler, body: handler.say(*"abcdef", pause_seconds=0.005)
     reply = client.ask(HI, 20)
     assert (reply.output_tokens, reply.prompt_tokens) == (6, 0)
     assert reply.tokens_per_second > 0

@@ -46,6 +46,8 @@ def test_tool_call_order_of_keys_and_space_around_are_free() -> None:
     "text",
     [
         "",
+        json.dumps(CALL | {"tool": ""}),
+        json.dumps(CALL | {"tool": " "}),
         "Sure! " + json.dumps(CALL),
         json.dumps(CALL) + json.dumps(CALL),
         f"```json\n{json.dumps(CALL)}\n```",

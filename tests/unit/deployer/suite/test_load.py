@@ -54,7 +54,7 @@ def test_the_sample_suite() -> None:
     )  # fmt: skip
     first = suite.prompts[0]
     assert [message["role"] for message in first.messages] == ["system", "user"]
-    assert json.loads(first.reference)["tool"] == first.check["tool"]
+    assert json.loads(first.expected)["tool"] == first.check["tool"]
     assert suite.latency is not None
     assert suite.robustness is not None
 
@@ -114,7 +114,10 @@ def test_no_mapping_at_all(tmp_path: Path, text: str) -> None:
 
 def test_the_same_check_twice_is_refused(tmp_path: Path) -> None:
     again = SUITE + SUITE[SUITE.index("  guardrail:") :].replace("guardrail:", "other:", 1)
-    assert 'cores "guardrail" and "other"' in problem(folder(tmp_path, again))
+    before, _, after = again.rpartition("rows.jsonl")
+    path = folder(tmp_path, f"{before}more.jsonl{after}")
+    (path / "more.jsonl").write_text(row(id="g-2", core="other"))
+    assert 'cores "guardrail" and "other"' in problem(path)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,10 @@ def test_the_same_check_twice_is_refused(tmp_path: Path) -> None:
     [
         (row() + "\n{", "rows.jsonl:2: not JSON"),
         (row() + "\n" + row(), 'rows.jsonl:2: the id "g-1" was used before'),
-        ("[1]", "rows.jsonl:1: not a JSON object."),
+        ("[1]", "rows.jsonl: it is one JSON array of 1 rows, not one row on each line; make lines"),
+        (row() + "\n[1]", "rows.jsonl:2: a list, not an object; write"),
+        ('{"id": 1, "id": 2}', 'rows.jsonl:1: the key "id" is there twice in one object; keep'),
+        ('{"id": NaN}', "rows.jsonl:1: NaN is not JSON; write"),
         (row(core="tool"), 'rows.jsonl:1: core is "tool", but suite.yaml has this file under guardrail.'),
         (row(check={"refuse": "yes"}), "rows.jsonl:1: check must be"),
         (row(check=None), "rows.jsonl:1: check must be an object."),
@@ -133,7 +139,8 @@ def test_the_same_check_twice_is_refused(tmp_path: Path) -> None:
         (row(messages=[{"role": "tool", "content": "x"}] * 2), 'rows.jsonl:1: message 1: the role "tool"'),
         (row(messages=[{"role": "user", "content": " "}] * 2), "rows.jsonl:1: message 1 has no text."),
         (row(messages=[{"role": "user"}] * 2), "rows.jsonl:1: message 1 must have the keys"),
-        ("\n", "rows.jsonl: holds no prompts."),
+        ("\n", "rows.jsonl: there is no row in it, it has blank lines only; give it a row"),
+        ("", "rows.jsonl: there is no row in it, it is empty; give it a row"),
     ],
 )
 def test_a_wrong_prompt_is_one_line_with_its_place(tmp_path: Path, rows: str, message: str) -> None:
@@ -143,7 +150,53 @@ def test_a_wrong_prompt_is_one_line_with_its_place(tmp_path: Path, rows: str, me
 def test_not_utf8(tmp_path: Path) -> None:
     path = folder(tmp_path)
     (path / "rows.jsonl").write_bytes(row().encode() + b"\n\xff\n")
-    assert problem(path) == "rows.jsonl:2: not UTF-8."
+    assert problem(path) == "rows.jsonl:2: not UTF-8 at byte 1; save the file as UTF-8."
+
+
+def test_prompts_have_the_lines_of_chat_data(tmp_path: Path) -> None:
+    """A mark at the beginning, Windows' line ends, blank lines, and what only looks like a line's end."""
+    asked = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]
+    whole = json.dumps(json.loads(row(id="g-2", messages=asked)), ensure_ascii=False)
+    path = folder(tmp_path)
+    (path / "rows.jsonl").write_bytes(f"\ufeff{row()}\r\n\r\n{whole}\r\n".encode())
+    suite = load_suite(path)
+    assert [(prompt.id, prompt.messages[0]["content"]) for prompt in suite.prompts] == [
+        ("g-1", "Hi"), ("g-2", "a\u2028b\x85c"),
+    ]  # fmt: skip
+    (path / "rows.jsonl").write_bytes(f"\ufeff{row()}\r\n\r\n{whole}\r\nx\r\n".encode())
+    assert problem(path).startswith("rows.jsonl:4: not JSON at column 1")
+    (path / "rows.jsonl").write_bytes(row().encode("utf-16"))
+    assert problem(path).startswith("rows.jsonl: it is UTF-16, not UTF-8")
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    suite = SUITE.replace("name: mine", "nam: mine").replace("rows.jsonl", "[rows.jsonl, none.jsonl]")
+    suite += "  style: {check: style, prompts: style.jsonl, max_tokens: 8, rules: r.yaml}\nseed: x\n"
+    rows = "\n".join([row(core="tool"), "{", row(), row(check={})])
+    path = folder(tmp_path, suite, rows, r="max_line: 3\nquotes: both\n")
+    with pytest.raises(InvalidInput) as caught:
+        load_suite(path)
+    lines = caught.value.message.replace(f"{path}/", "").splitlines()
+    said = [
+        'suite.yaml:1: unknown key "nam"; did you mean "name"?',
+        "suite.yaml:8: seed: input should be a valid integer",
+        'rows.jsonl:1: core is "tool"',
+        "rows.jsonl:2: not JSON",
+        "rows.jsonl:4: check must be",
+        "suite.yaml: cores.guardrail.prompts: there is no file none.jsonl",
+        'r.yaml:1: unknown key "max_line"; did you mean "max_lines"?',
+        "r.yaml:2: quotes: input should be 'single' or 'double'",
+        "suite.yaml: cores.style.prompts: there is no file style.jsonl",
+    ]
+    assert [line for line, begins in zip(lines, said, strict=True) if not line.startswith(begins)] == []
+
+
+def test_very_much_that_is_wrong_is_counted(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        load_suite(folder(tmp_path, rows="{\n" * 25))
+    lines = caught.value.message.splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "… and 5 more, 25 in all"
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
@@ -197,6 +250,11 @@ def tool_folder(path: Path, more: str = "", schema: str = "") -> Path:
     if schema:
         (path / "calls.json").write_text(schema, encoding="utf-8")
     return folder(path, f"{TOOL}{more}", rows)
+
+
+def test_a_wanted_tool_without_a_name_is_refused_with_its_place(tmp_path: Path) -> None:
+    rows = row(core="tool_call", check={"tool": "", "args": {}})
+    assert problem(folder(tmp_path, TOOL, rows)).startswith("rows.jsonl:1: check.tool is empty")
 
 
 def test_constrained_tool_calls_and_repeats(tmp_path: Path) -> None:

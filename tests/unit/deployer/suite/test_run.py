@@ -22,7 +22,7 @@ def suite() -> Suite:
 
 def oracle(suite: Suite, **last: Any) -> Any:
     """Answer each of the suite's prompts as wanted, and others with a word."""
-    wanted = {prompt.question: prompt.reference for prompt in suite.prompts}
+    wanted = {prompt.question: prompt.expected for prompt in suite.prompts}
 
     def respond(handler: Any, body: Any) -> None:
         handler.say(wanted.get(body["messages"][-1]["content"], "Yes"), " ", last=last or None)

@@ -9,7 +9,8 @@ from web4lora_deployer.suite.statistics import (
     clustered_drop_interval,
     clustered_interval,
     paired_difference_interval,
-    prompts_to_settle,
+    prompts_for_drop,
+    prompts_for_score,
     tango_score,
     wilson_interval,
 )
@@ -84,11 +85,19 @@ def test_published_wilson_intervals(passed: int, prompts: int, low: float, high:
     assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_prompts_to_settle_is_the_smallest_number_that_does() -> None:
-    needed = prompts_to_settle(0.02)
+def test_the_prompts_that_settle_something_are_the_fewest_that_do() -> None:
+    needed = prompts_for_drop(0.0, 0.0, 0.02)
     assert needed == 189
-    assert paired_difference_interval(0, 0, needed).high <= 0.02
-    assert paired_difference_interval(0, 0, needed - 1).high > 0.02
+    assert (
+        paired_difference_interval(0, 0, needed).high
+        <= 0.02
+        < paired_difference_interval(0, 0, needed - 1).high
+    )
+    needed = prompts_for_score(1.0, 0.95)
+    assert needed == 73
+    assert wilson_interval(needed, needed).low >= 0.95 > wilson_interval(needed - 1, needed - 1).low
+    assert prompts_for_drop(0.1, 0.0, 0.1) is prompts_for_drop(0.0, 0.0, 0.0) is None
+    assert prompts_for_score(0.8, 0.8) is prompts_for_score(1.0, 1.0) is None
 
 
 def test_prompts_asked_once_get_the_plain_intervals() -> None:

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from web4lora_chassis.artifacts.manifest import FileEntry, hash_file
-from web4lora_chassis.artifacts.store import PART_PREFIX, Advance
+from web4lora_chassis.artifacts.backend import PART_PREFIX, Advance, Stored, Unfinished
+from web4lora_chassis.artifacts.manifest import AGAIN, FileEntry, hash_file
 from web4lora_chassis.errors import DataLoss, InvalidInput, NotFound, Unavailable, disk_error
 
 _STALE_SECONDS = 24 * 3600.0
@@ -32,15 +32,17 @@ class FolderBackend:
         if not (
             place.is_file() and place.stat().st_size == entry.size_bytes and hash_file(place) == entry.sha256
         ):
-            self._bring(source, place, entry, link=link)
+            self._put(source, place, entry, link=link)
+        else:
+            self.touch(key)  # so that nobody takes it for what a cut-off upload left
         advance(entry.size_bytes)
 
     def get_file(self, key: str, target: Path, entry: FileEntry, advance: Advance) -> None:
         """Link a file out of the folder, or copy it to another file system; see `Backend.get_file`."""
         place = self._place(key)
         if not place.is_file():
-            raise NotFound(f"{key} is not in the store {self.url}.")
-        self._bring(place, target, entry, link=True)
+            raise NotFound(f"{key} is not in the store {self.url}.", fix=AGAIN)
+        self._put(place, target, entry, link=True)
         advance(entry.size_bytes)
 
     def read(self, key: str, limit_bytes: int) -> bytes:
@@ -53,7 +55,9 @@ class FolderBackend:
         except OSError as error:
             raise Unavailable(f"{key} in {self.url} can't be read: {error.strerror}.") from error
         if len(data) > limit_bytes:
-            raise DataLoss(f"{key} in {self.url} is larger than the {limit_bytes} bytes it may have.")
+            raise DataLoss(
+                f"{key} in {self.url} is larger than the {limit_bytes} bytes it may have.", fix=AGAIN
+            )
         return data
 
     def write(self, key: str, data: bytes) -> None:
@@ -71,15 +75,38 @@ class FolderBackend:
         finally:
             part.unlink(missing_ok=True)
 
-    def keys(self, prefix: str) -> Iterator[str]:
-        """Yield the files below a prefix; see `Backend.keys`."""
-        places = (
-            Path(folder, name)
-            for folder, _, names in os.walk(self._place(prefix))
-            for name in names
-            if not name.startswith(PART_PREFIX)
-        )
-        yield from sorted(place.relative_to(self._root).as_posix() for place in places)
+    def stored(self, prefix: str, name: str = "") -> Iterator[Stored]:
+        """Yield the files below a prefix; see `Backend.stored`."""
+        for place in self._files(prefix):
+            if place.name.startswith(PART_PREFIX) or (name and place.name != name):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # deleted since
+                found = place.stat()
+                # Of a link, the modification time is that of the linked file: not when it was stored.
+                yield Stored(place.relative_to(self._root).as_posix(), found.st_size, found.st_ctime)
+
+    def touch(self, key: str) -> None:
+        """Give a file the time of now; see `Backend.touch`."""
+        place = self._place(key)
+        try:
+            os.utime(place)
+        except FileNotFoundError as error:
+            raise NotFound(f"{key} is not in the store {self.url}.", fix=AGAIN) from error
+        except OSError as error:
+            raise disk_error(error, place) from error
+
+    def unfinished(self, prefix: str) -> Iterator[Unfinished]:
+        """Yield the files that are being written; see `Backend.unfinished`."""
+        for place in self._files(prefix):
+            if place.name.startswith(PART_PREFIX):
+                with contextlib.suppress(FileNotFoundError):
+                    found = place.stat()
+                    key = place.relative_to(self._root).as_posix()
+                    yield Unfinished(key, key, found.st_size, found.st_ctime)
+
+    def discard(self, upload: Unfinished) -> None:
+        """Remove a file that was being written; see `Backend.discard`."""
+        self.delete(upload.id)
 
     def delete(self, key: str) -> None:
         """Remove a file and the folders that this leaves empty; see `Backend.delete`."""
@@ -92,6 +119,11 @@ class FolderBackend:
                 folder.rmdir()
             except OSError:
                 break  # not empty, or gone already
+
+    def _files(self, prefix: str) -> Iterator[Path]:
+        """Yield all files below a prefix in the order of their keys."""
+        places = (Path(folder, name) for folder, _, names in os.walk(self._place(prefix)) for name in names)
+        yield from sorted(places, key=Path.as_posix)
 
     def _place(self, key: str) -> Path:
         place = (self._root / key).absolute()
@@ -110,14 +142,16 @@ class FolderBackend:
         os.close(handle)
         return Path(name)
 
-    def _bring(self, source: Path, place: Path, entry: FileEntry, *, link: bool) -> None:
+    def _put(self, source: Path, place: Path, entry: FileEntry, *, link: bool) -> None:
         """Link or copy a file to a place, verified before it is seen there."""
         part = self._part(place)
         try:
             if not (link and _linked(source, part)):
                 shutil.copyfile(source, part)
             if part.stat().st_size != entry.size_bytes or hash_file(part) != entry.sha256:
-                raise DataLoss(f"{source} is not what its digest says: expected sha256 {entry.sha256[:12]}….")
+                raise DataLoss(
+                    f"{source} is not what its digest says: expected sha256 {entry.sha256[:12]}….", fix=AGAIN
+                )
             part.chmod(0o444)
             part.replace(place)
         except OSError as error:

@@ -12,19 +12,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from minio.commonconfig import REPLACE, CopySource
+from minio.credentials.providers import Provider
 from minio.error import S3Error
 from urllib3.exceptions import HTTPError, MaxRetryError
 
-from web4lora_chassis.artifacts.manifest import FileEntry
+from web4lora_chassis.artifacts.backend import PART_PREFIX, Advance, Stored, Unfinished
+from web4lora_chassis.artifacts.manifest import AGAIN, FileEntry
 from web4lora_chassis.artifacts.s3_client import connect, translated
 from web4lora_chassis.artifacts.s3_upload import (
     SHA256_HEADER,
     MultipartUpload,
     UploadGone,
+    abort,
     abort_unfinished,
+    all_unfinished,
     changed,
 )
-from web4lora_chassis.artifacts.store import PART_PREFIX, Advance
 from web4lora_chassis.errors import DataLoss, Unavailable, disk_error
 
 PART_BYTES = 16 << 20
@@ -44,6 +48,7 @@ class S3Backend:
         secret_key: Its secret.
         region: The bucket's region.
         secure: TLS.
+        provider: Gives the key in place of the two, anew when it has ended.
         part_bytes: Larger files are sent in parts of this size, at least 5 MiB.
         parallel: Parts on their way at once; memory is bounded by one more.
         connect_timeout_seconds: For a connection to stand.
@@ -59,6 +64,7 @@ class S3Backend:
         region: str,
         secure: bool,
         *,
+        provider: Provider | None = None,
         part_bytes: int = PART_BYTES,
         parallel: int = PARALLEL_PARTS,
         connect_timeout_seconds: float = 5.0,
@@ -72,6 +78,7 @@ class S3Backend:
             endpoint,
             access_key=access_key,
             secret_key=secret_key,
+            provider=provider,
             region=region,
             secure=secure,
             connections=parallel + 1,
@@ -133,7 +140,9 @@ class S3Backend:
                 response.close()
                 response.release_conn()
         if len(data) > limit_bytes:
-            raise DataLoss(f"{key} in {self.url} is larger than the {limit_bytes} bytes it may have.")
+            raise DataLoss(
+                f"{key} in {self.url} is larger than the {limit_bytes} bytes it may have.", fix=AGAIN
+            )
         return data
 
     def write(self, key: str, data: bytes) -> None:
@@ -141,11 +150,37 @@ class S3Backend:
         with translated(self.url, key):
             self._put(key, data, hashlib.sha256(data).hexdigest())
 
-    def keys(self, prefix: str) -> Iterator[str]:
-        """Yield the keys below a prefix; see `Backend.keys`."""
+    def stored(self, prefix: str, name: str = "") -> Iterator[Stored]:
+        """Yield the objects below a prefix; see `Backend.stored`."""
         with translated(self.url, prefix):
             for found in self._client.list_objects(self._bucket, prefix=prefix, recursive=True):
-                yield found.object_name
+                if name and found.object_name.rsplit("/", 1)[-1] != name:
+                    continue
+                stored_at = found.last_modified.timestamp() if found.last_modified else 0.0
+                yield Stored(found.object_name, found.size or 0, stored_at)
+
+    def touch(self, key: str) -> None:
+        """Copy an object onto itself, in the store; see `Backend.touch`."""
+        with translated(self.url, key):
+            found = self._client.stat_object(self._bucket, key)
+            sha256 = (found.metadata or {}).get(SHA256_HEADER, "")
+            self._client.copy_object(
+                self._bucket,
+                key,
+                CopySource(self._bucket, key),
+                metadata={SHA256_HEADER: sha256},
+                metadata_directive=REPLACE,
+            )
+
+    def unfinished(self, prefix: str) -> Iterator[Unfinished]:
+        """Yield the uploads that are not complete; see `Backend.unfinished`."""
+        with translated(self.url, prefix):
+            yield from all_unfinished(self._client, self._bucket, prefix)
+
+    def discard(self, upload: Unfinished) -> None:
+        """Abort an upload; see `Backend.discard`."""
+        with translated(self.url, upload.key):
+            abort(self._client, self._bucket, upload.key, upload.id)
 
     def delete(self, key: str) -> None:
         """Remove a key and what interrupted uploads of it left; see `Backend.delete`."""
@@ -213,7 +248,8 @@ class S3Backend:
         if not start:
             raise DataLoss(
                 f"{key} in {self.url} is not what its digest says: expected sha256 {entry.sha256[:12]}…, "
-                f"found {digest.hexdigest()[:12]}…."
+                f"found {digest.hexdigest()[:12]}….",
+                fix=AGAIN,
             )
         part.truncate(0)  # what was left of the interrupted download may be at fault
         self._download(key, part, entry, moved)
@@ -246,13 +282,13 @@ class _Moved:
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
         self._place = 0
-        self._told = 0
+        self._reported = 0
 
     def add(self, size_bytes: int) -> None:
         self._place += size_bytes
-        if self._place > self._told:
-            self._advance(self._place - self._told)
-            self._told = self._place
+        if self._place > self._reported:
+            self._advance(self._place - self._reported)
+            self._reported = self._place
 
     def restart(self, place: int = 0) -> None:
         self._place = 0
@@ -260,7 +296,7 @@ class _Moved:
 
 
 def _other_size(key: str, url: str) -> DataLoss:
-    return DataLoss(f"{key} in {url} does not have the size that its manifest says.")
+    return DataLoss(f"{key} in {url} does not have the size that its manifest says.", fix=AGAIN)
 
 
 def _taken_up(part: IO[bytes], entry: FileEntry) -> tuple[int, hashlib._Hash]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import certifi
 from minio import Minio
+from minio.credentials.providers import Provider
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Retry, Timeout
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
-from web4lora_chassis.artifacts.store import BUCKET_MISSING
+from web4lora_chassis.artifacts.backend import BUCKET_MISSING
 from web4lora_chassis.errors import (
     FailedPrecondition,
     Internal,
@@ -54,6 +55,7 @@ def connect(
     *,
     access_key: str,
     secret_key: str,
+    provider: Provider | None = None,
     region: str,
     secure: bool,
     connections: int,
@@ -66,6 +68,7 @@ def connect(
         endpoint: Host and port.
         access_key: Empty for anonymous access.
         secret_key: Its secret.
+        provider: Gives the key in place of these two, anew when it has ended.
         region: The region that requests are signed for; given, so that no request has to ask for it.
         secure: TLS.
         connections: Kept open at once.
@@ -94,6 +97,7 @@ def connect(
             endpoint,
             access_key=access_key or None,
             secret_key=secret_key if access_key else None,
+            credentials=provider,
             secure=secure,
             region=region,
             http_client=http,
@@ -216,8 +220,11 @@ def _s3_error(error: S3Error, url: str, key: str) -> Web4Error:
             metadata={"store": url, "code": code},
         )
     if code == "RequestTimeTooSkewed":
-        return FailedPrecondition(
-            f"The clocks of {url} and of this machine differ too much.", fix="Set the clocks."
+        return Unavailable(  # after sleep a clock is wrong until it is set again, which fails no run
+            f"The clocks of {url} and of this machine differ too much.",
+            fix="Set the clocks.",
+            reason="CLOCKS_DIFFER",
+            metadata={"store": url},
         )
     if code == "MethodNotAllowed":
         return _not_s3(url, error.response.status)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from minio import Minio
 from minio.datatypes import Part
 from minio.error import S3Error
 
+from web4lora_chassis.artifacts.backend import Unfinished
 from web4lora_chassis.artifacts.manifest import FileEntry
 from web4lora_chassis.errors import DataLoss
 
@@ -146,11 +147,46 @@ def unfinished(client: Minio, bucket: str, key: str) -> list[str]:
 def abort_unfinished(client: Minio, bucket: str, key: str) -> None:
     """Remove what interrupted uploads of a key left in the store, which nobody sees but which takes room."""
     for upload_id in unfinished(client, bucket, key):
-        try:
-            client._abort_multipart_upload(bucket, key, upload_id)
-        except S3Error as error:
-            if error.code != "NoSuchUpload":
+        abort(client, bucket, key, upload_id)
+
+
+def abort(client: Minio, bucket: str, key: str, upload_id: str) -> None:
+    """Remove one upload; one that is gone already is no error."""
+    try:
+        client._abort_multipart_upload(bucket, key, upload_id)
+    except S3Error as error:
+        if error.code != "NoSuchUpload":
+            raise
+
+
+def all_unfinished(client: Minio, bucket: str, prefix: str) -> Iterator[Unfinished]:
+    """Yield the unfinished uploads to keys below a prefix, each with what came of it and when.
+
+    MinIO knows prefixes only that are a whole key, so all are asked for. After a restart of its own it lists
+    none; it removes what is a day old by itself.
+    """
+    answer = client._list_multipart_uploads(bucket)
+    while True:
+        for upload in answer.uploads:
+            if not (upload.object_name or "").startswith(prefix) or not upload.upload_id:
+                continue
+            try:
+                parts = client._list_parts(bucket, str(upload.object_name), upload.upload_id).parts
+            except S3Error as error:
+                if error.code == "NoSuchUpload":  # completed or aborted since
+                    continue
                 raise
+            times = [part.last_modified for part in parts if part.last_modified]
+            moved_at = max([upload.initiated_time or _LONG_AGO, *times])
+            size = sum(part.size or 0 for part in parts)
+            yield Unfinished(str(upload.object_name), str(upload.upload_id), size, moved_at.timestamp())
+        if not answer.is_truncated:
+            return
+        answer = client._list_multipart_uploads(
+            bucket,
+            key_marker=answer.next_key_marker,
+            upload_id_marker=answer.next_upload_id_marker,
+        )
 
 
 def changed(source: Path) -> DataLoss:

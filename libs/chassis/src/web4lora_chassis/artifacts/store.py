@@ -6,13 +6,13 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
+from web4lora_chassis.artifacts.backend import BUCKET_MISSING, Advance, Backend, Stored, Unfinished
 from web4lora_chassis.artifacts.manifest import (
+    AGAIN,
     KINDS,
     MANIFEST_NAME,
     ArtifactRef,
@@ -21,71 +21,33 @@ from web4lora_chassis.artifacts.manifest import (
     hash_file,
 )
 from web4lora_chassis.errors import DataLoss, InvalidInput, NotFound
-from web4lora_chassis.settings import Settings
-
-Advance = Callable[[int], None]
-"""Called with the number of bytes just moved; a resumed part counts when it is found there."""
-
-PART_PREFIX = ".part-"
-"""Files whose names begin with this are being written; no reader sees them."""
-
-BUCKET_MISSING = "BUCKET_MISSING"
-"""The reason of a `NotFound` that is about the whole store, not about a key."""
 
 _MANIFEST_LIMIT_BYTES = 16 << 20
+_MANIFEST_DEPTH = 4  # artifacts/<kind>/<name>/<digest12>/manifest.json
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 log = logging.getLogger(__name__)
 
 
-class Backend(Protocol):
-    """Keys and bytes. Keys use forward slashes. A key is seen only once its bytes are complete."""
-
-    url: str
-    """Its address without credentials."""
-
-    def put_file(self, key: str, source: Path, entry: FileEntry, advance: Advance, *, link: bool) -> None:
-        """Store a file under a key; do nothing when the key already holds those bytes.
-
-        With `link` the file is given up to the store, which may keep it in place of a copy, read-only.
-
-        Raises:
-            DataLoss: The file's bytes are no longer what `entry` says.
-            ResourceExhausted: The disk is full.
-            Unavailable: The store is out of reach.
-        """
-
-    def get_file(self, key: str, target: Path, entry: FileEntry, advance: Advance) -> None:
-        """Bring a file to `target`, verified before it is seen there; an interrupted download is resumed.
-
-        Raises:
-            NotFound: No such key.
-            DataLoss: The bytes are not what `entry` says; nothing is left at `target`.
-            Unavailable: The store is out of reach.
-        """
-
-    def read(self, key: str, limit_bytes: int) -> bytes:
-        """Return a small object.
-
-        Raises:
-            NotFound: No such key.
-            DataLoss: It is larger than the limit.
-            Unavailable: The store is out of reach.
-        """
-
-    def write(self, key: str, data: bytes) -> None:
-        """Store a small object, replacing what was there at once."""
-
-    def keys(self, prefix: str) -> Iterator[str]:
-        """Yield the keys below a prefix, in order."""
-
-    def delete(self, key: str) -> None:
-        """Remove a key; a missing one is no error."""
-
-
 def _ignore(_: int) -> None:
     """Take progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class CutOff:
+    """What an upload left that was cut off.
+
+    Attributes:
+        prefix: The artifact's folder in the store.
+        size_bytes: The room it takes.
+        keys: Files that arrived.
+        uploads: Files on their way.
+    """
+
+    prefix: str
+    size_bytes: int
+    keys: tuple[str, ...]
+    uploads: tuple[Unfinished, ...]
 
 
 class ArtifactStore:
@@ -148,7 +110,7 @@ class ArtifactStore:
             created_at=time.time(),
         )
         ref = manifest.ref
-        if self._complete(ref):
+        if self._complete(ref) and self.touch(ref):
             advance(ref.size_bytes)
             return ref
         for path, entry in entries.items():
@@ -167,9 +129,15 @@ class ArtifactStore:
         """
         manifest = self._stored(ref)
         if manifest is None:
-            raise NotFound(f"{ref} is not in the store {self.url}.", metadata={"artifact": str(ref)})
+            raise NotFound(
+                f"{ref} is not in the store {self.url}.",
+                fix="`web4lora artifacts list` shows what is; make it again if it was deleted.",
+                metadata={"artifact": str(ref)},
+            )
         if manifest.digest != ref.digest:
-            raise DataLoss(f"The manifest of {ref} was changed: its digest is {manifest.digest[:12]}.")
+            raise DataLoss(
+                f"The manifest of {ref} was changed: its digest is {manifest.digest[:12]}.", fix=AGAIN
+            )
         return manifest
 
     def get(
@@ -210,22 +178,75 @@ class ArtifactStore:
     def find(self, kind: str = "", name: str = "", digest: str = "") -> list[Manifest]:
         """Return the artifacts of a kind, a name and the start of a digest; newest first, empty means any."""
         found = []
+        for stored in self.manifests(kind, name):
+            if not stored.key.split("/")[3].startswith(digest[:12]):
+                continue
+            manifest = self.listed(stored)
+            if manifest is not None and manifest.digest.startswith(digest):
+                found.append(manifest)
+        return sorted(found, key=lambda manifest: manifest.created_at, reverse=True)
+
+    def manifests(self, kind: str = "", name: str = "") -> Iterator[Stored]:
+        """Yield where manifests are stored, of a kind and a name; empty means any. None of them is read."""
         for wanted in [kind] if kind else KINDS:
             prefix = f"artifacts/{wanted}/{name}/" if name else f"artifacts/{wanted}/"
-            for key in self._backend.keys(prefix):
-                parts = key.split("/")
-                if len(parts) != 5 or parts[4] != MANIFEST_NAME or not parts[3].startswith(digest[:12]):
-                    continue
-                try:
-                    manifest = self._read(key)
-                except NotFound:
-                    continue  # deleted since it was listed
-                except DataLoss as error:
-                    log.warning("not listed: %s", error)
-                    continue
-                if manifest.digest.startswith(digest) and key == f"{manifest.ref.prefix}/{MANIFEST_NAME}":
-                    found.append(manifest)
-        return sorted(found, key=lambda manifest: manifest.created_at, reverse=True)
+            for stored in self._backend.stored(prefix, MANIFEST_NAME):
+                if stored.key.count("/") == _MANIFEST_DEPTH:
+                    yield stored
+
+    def listed(self, stored: Stored) -> Manifest | None:
+        """Return a manifest that was listed; None when it is gone since, or is not what belongs there."""
+        try:
+            manifest = self._read(stored.key)
+        except NotFound:
+            return None
+        except DataLoss as error:
+            log.warning("not listed: %s", error)
+            return None
+        return manifest if stored.key == f"{manifest.ref.prefix}/{MANIFEST_NAME}" else None
+
+    def touch(self, ref: ArtifactRef) -> bool:
+        """Note that an artifact is in use as of now; return whether it is there."""
+        try:
+            self._backend.touch(f"{ref.prefix}/{MANIFEST_NAME}")
+        except NotFound as error:
+            if error.reason == BUCKET_MISSING:
+                raise
+            return False
+        return True
+
+    def cut_off(self, before: float) -> list[CutOff]:
+        """Return what uploads left that were cut off, the manifest never written.
+
+        Args:
+            before: Seconds since 1970. An artifact into which a byte came since then has a writer still.
+        """
+        moving: dict[str, list[Unfinished]] = {}
+        for upload in self._backend.unfinished("artifacts/"):
+            moving.setdefault(_folder_of(upload.key), []).append(upload)
+        left: dict[str, list[Stored]] = {}
+        for stored in self._backend.stored("artifacts/"):
+            left.setdefault(_folder_of(stored.key), []).append(stored)
+        found = []
+        for prefix in sorted({*moving, *left}):
+            uploads, files = moving.get(prefix, []), left.get(prefix, [])
+            if any(stored.key == f"{prefix}/{MANIFEST_NAME}" for stored in files):
+                files = []  # complete; what is on its way still is another try
+            times = [*(upload.moved_at for upload in uploads), *(stored.stored_at for stored in files)]
+            if times and max(times) < before:
+                size = sum(upload.size_bytes for upload in uploads)
+                size += sum(stored.size_bytes for stored in files)
+                found.append(CutOff(prefix, size, tuple(stored.key for stored in files), tuple(uploads)))
+        return found
+
+    def free(self, upload: CutOff) -> None:
+        """Remove what a cut-off upload left, unless the artifact was completed meanwhile."""
+        for unfinished in upload.uploads:
+            self._backend.discard(unfinished)
+        for key in upload.keys:
+            if next(self._backend.stored(f"{upload.prefix}/", MANIFEST_NAME), None) is not None:
+                return
+            self._backend.delete(key)
 
     def publish(self, run_id: str, files: Mapping[str, Path], advance: Advance = _ignore) -> None:
         """Put files into a run's folder, `runs/<run id>/`, under the names people look for; old ones go.
@@ -243,7 +264,13 @@ class ArtifactStore:
     def published(self, run_id: str) -> list[str]:
         """Return the paths in a run's folder."""
         prefix = _run_prefix(run_id)
-        return [key.removeprefix(prefix) for key in self._backend.keys(prefix)]
+        return [stored.key.removeprefix(prefix) for stored in self._backend.stored(prefix)]
+
+    def unpublish(self, run_id: str) -> None:
+        """Remove a run's folder; one that is not there is no error."""
+        prefix = _run_prefix(run_id)
+        for path in self.published(run_id):
+            self._backend.delete(f"{prefix}{path}")
 
     def delete(self, ref: ArtifactRef) -> None:
         """Remove an artifact, its manifest first, so that nobody sees it without its files."""
@@ -273,8 +300,12 @@ class ArtifactStore:
         text = self._backend.read(key, _MANIFEST_LIMIT_BYTES)
         try:
             return Manifest.from_json(json.loads(text))
-        except (ValueError, DataLoss) as error:
-            raise DataLoss(f"{key} in {self.url} is not an artifact manifest: {error}") from error
+        except DataLoss as error:
+            raise DataLoss(
+                f"{key} in {self.url} is not an artifact manifest: {error.message}.", fix=error.fix
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise DataLoss(f"{key} in {self.url} is not JSON: {error}.", fix=AGAIN) from error
 
 
 def _entry(path: str, source: Path) -> FileEntry:
@@ -285,6 +316,11 @@ def _entry(path: str, source: Path) -> FileEntry:
         raise NotFound(f"{source} can't be read: {error.strerror}.", metadata={"path": source}) from error
 
 
+def _folder_of(key: str) -> str:
+    """Return the folder of the artifact that a key belongs to."""
+    return "/".join(key.split("/")[:_MANIFEST_DEPTH])
+
+
 def _run_prefix(run_id: str) -> str:
     if not _RUN_ID.fullmatch(run_id):
         raise InvalidInput(
@@ -292,39 +328,3 @@ def _run_prefix(run_id: str) -> str:
             fix="Use up to 128 letters, digits, dots, underscores and dashes.",
         )
     return f"runs/{run_id}/"
-
-
-def open_store(settings: Settings) -> ArtifactStore:
-    """Open the store that the settings name.
-
-    Raises:
-        InvalidInput: The address is of no known form.
-    """
-    parts = urlsplit(settings.store)
-    bucket = parts.path.strip("/")
-    if "@" in parts.netloc:
-        raise InvalidInput(
-            "WEB4LORA_STORE: an address must not hold credentials.",
-            fix="Use WEB4LORA_S3_ACCESS_KEY_FILE and WEB4LORA_S3_SECRET_KEY_FILE.",
-        )
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and bucket:
-        from web4lora_chassis.artifacts.folder import FolderBackend
-
-        return ArtifactStore(FolderBackend(Path(url2pathname(parts.path))))
-    if parts.scheme in ("s3+http", "s3+https") and parts.hostname and _BUCKET.fullmatch(bucket):
-        from web4lora_chassis.artifacts.s3 import S3Backend
-
-        return ArtifactStore(
-            S3Backend(
-                endpoint=parts.netloc,
-                bucket=bucket,
-                access_key=settings.s3_access_key.get_secret_value(),
-                secret_key=settings.s3_secret_key.get_secret_value(),
-                region=settings.s3_region,
-                secure=parts.scheme == "s3+https",
-            )
-        )
-    raise InvalidInput(
-        f"WEB4LORA_STORE: {settings.store!r} is not the address of a store.",
-        fix="Use file:///folder or s3+http://host:port/bucket (s3+https for TLS).",
-    )

@@ -1,14 +1,14 @@
 """The child's side of a job: call the handler, pass events to the service, end when the service ends.
 
-Events are JSON lines on standard output: {"progress": …}, then {"result": …} or {"error": …}. Whatever else
-is printed goes to standard error, which the service keeps as the job's log.
+Events are JSON lines on standard output: {"progress": …}, then {"counted": …} for the metrics, then
+{"result": …} or {"error": …}. Whatever else is printed goes to standard error, which the service keeps as the
+job's log.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import signal
 import sys
@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from web4lora_chassis.errors import OutOfMemory, Web4Error
-from web4lora_chassis.jobs.record import LESS_MEMORY, SECRETS_VARIABLE, JobFailure, JobRecord, Progress
+from web4lora_chassis.jobs.record import (
+    END_EARLY_FILE,
+    LESS_MEMORY,
+    SECRETS_VARIABLE,
+    JobFailure,
+    JobRecord,
+    Progress,
+)
+from web4lora_chassis.settings import Settings, load
+from web4lora_chassis.telemetry import belongs_to, metrics, start_child, traces
 
 _PROGRESS_INTERVAL_SECONDS = 0.2
 
@@ -33,8 +42,10 @@ class _Events:
         self._stream = stream
         self._lock = threading.Lock()
         self._last = ("", 0.0)
+        self._phases = _Phases()
 
     def progress(self, progress: Progress) -> None:
+        self._phases.enter(progress.phase)
         finished = progress.total > 0 and progress.done >= progress.total
         phase, sent_at = self._last
         now = time.monotonic()
@@ -43,11 +54,37 @@ class _Events:
         self._last = (progress.phase, now)
         self.send({"progress": asdict(progress)})
 
+    def finish(self) -> None:
+        """End the last phase, and send what was counted."""
+        self._phases.enter("")
+        self.send({"counted": metrics.counted()})
+
     def send(self, event: Mapping[str, Any]) -> None:
         line = json.dumps(event) + "\n"
         with self._lock:
             self._stream.write(line)
             self._stream.flush()
+
+
+class _Phases:
+    """Makes a span of each phase that a job tells of, once the next one begins."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._parent = ""
+        self._began = 0.0
+        self._count = 0
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase; an empty one ends the last."""
+        if phase == self._phase:
+            return
+        now = time.time()
+        if self._phase:
+            own = traces.span_id_of(f"{self._parent} {self._count}", self._parent)
+            traces.ended_span(self._phase, own, self._parent, self._began, now)
+        self._phase, self._parent, self._began = phase, traces.traceparent(), now
+        self._count += 1
 
 
 @dataclass(frozen=True)
@@ -61,6 +98,7 @@ class JobContext:
         memory_failures: How often this job ended for want of memory.
         work_dir: A folder that is kept from attempt to attempt, and removed when the job has ended.
         report: Passes progress on; cheap to call often.
+        end_early: Tells whether the work is to end now and keep what it made; cheap to ask often.
         secrets: What the creator of the job handed over besides its spec; empty after the service restarted.
     """
 
@@ -70,6 +108,7 @@ class JobContext:
     memory_failures: int
     work_dir: Path
     report: Callable[[Progress], None]
+    end_early: Callable[[], bool]
     secrets: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,24 +130,31 @@ def worker_main(handlers: Mapping[str, Handler]) -> int:
     secrets = _secrets()
     threading.Thread(target=_end_with_the_service, daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` blocks run on cancel
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     job_dir = Path(sys.argv[1])
     record = JobRecord.load(job_dir / "job.json")
+    start_child(load(Settings))
     alone = _wait_until_alone(job_dir)
     work_dir = job_dir / "work"
     work_dir.mkdir(exist_ok=True)
     context = JobContext(
-        record.id, record.spec, record.attempt, record.memory_failures, work_dir, events.progress, secrets
-    )
-    with alone:
+        record.id, record.spec, record.attempt, record.memory_failures, work_dir, events.progress,
+        (job_dir / END_EARLY_FILE).exists, secrets,
+    )  # fmt: skip
+    parent = traces.span_id_of(record.id, record.origin.get("traceparent", ""))
+    with alone, belongs_to(run=record.origin.get("run", ""), job=record.id, traceparent=parent):
         return _work(handlers[record.kind], context, events, job_dir / "log.txt")
 
 
 def _work(handler: Handler, context: JobContext, events: _Events, log_path: Path) -> int:
     """Call the handler and pass on how it ended."""
     try:
-        events.send({"result": dict(handler(context))})
+        try:
+            with traces.span("attempt", attempt=context.attempt):
+                result = dict(handler(context))
+        finally:
+            events.finish()
+        events.send({"result": result})
     except KeyboardInterrupt:
         return 1
     except Exception as error:  # noqa: BLE001 - the last resort: logged with its trace, and passed on
@@ -124,9 +170,10 @@ def _failure(error: Exception, log_path: Path) -> JobFailure:
         return JobFailure.of(error)
     if isinstance(error, MemoryError):
         return JobFailure.of(OutOfMemory("Memory ran out.", fix=LESS_MEMORY))
+    # Its text, which may hold paths or data, is in the log alone.
     return JobFailure(
         "INTERNAL",
-        f"{type(error).__name__}: {error}",
+        f"An error that was not foreseen ({type(error).__name__}).",
         "This is a defect; the log has the details.",
         {"log": str(log_path)},
     )

@@ -17,6 +17,9 @@ LESS_MEMORY = "Close other programs, or choose a smaller base model or tokens_pe
 SECRETS_VARIABLE = "WEB4LORA_JOB_SECRETS"
 """Set for a child whose service writes the job's secrets, a line of JSON, to its standard input."""
 
+END_EARLY_FILE = "end_early"
+"""Lies in a job's folder once its work is to end early and keep what it made; a restart finds it there."""
+
 
 class JobState(StrEnum):
     """Where a job stands; the names of the contract's JobState."""
@@ -91,6 +94,11 @@ class JobRecord:
         started_at: Seconds since 1970; 0 before.
         ended_at: Seconds since 1970; 0 before.
         revision: Grows with every change.
+        owner: For whom the gateway created it; empty for the jobs of runs.
+        stopped: The service was stopped, not killed, while it was at work.
+        interruptions: How often its service ended while it was at one place; see `attempts`.
+        reached: The furthest place at an interruption, by phase.
+        origin: What the call that created it was for, `run` and `traceparent`: for logs and traces alone.
     """
 
     id: str
@@ -107,6 +115,11 @@ class JobRecord:
     started_at: float = 0.0
     ended_at: float = 0.0
     revision: int = 1
+    owner: str = ""
+    stopped: bool = False
+    interruptions: int = 0
+    reached: Mapping[str, int] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def changed(self, **fields: Any) -> JobRecord:
         """Return the job with other fields and the next revision, unless one is given."""

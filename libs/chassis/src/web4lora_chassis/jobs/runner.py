@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -12,12 +13,26 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from web4lora_chassis.errors import AlreadyExists, InvalidInput, NotFound, disk_error
+import psutil
+
+from web4lora_chassis import process
+from web4lora_chassis.environment import STORE_KEY, environment
+from web4lora_chassis.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidInput,
+    NotFound,
+    OutOfMemory,
+    disk_error,
+)
+from web4lora_chassis.jobs.attempts import given_up, interrupted
 from web4lora_chassis.jobs.record import (
+    END_EARLY_FILE,
     LESS_MEMORY,
     SECRETS_VARIABLE,
     JobFailure,
@@ -25,28 +40,39 @@ from web4lora_chassis.jobs.record import (
     JobState,
     Progress,
 )
+from web4lora_chassis.jobs.retention import surplus
+from web4lora_chassis.keeping import Keeping, folder_bytes
+from web4lora_chassis.telemetry import belongs_to, metrics, origin, traces
 
 log = logging.getLogger(__name__)
 
 _SAVE_INTERVAL_SECONDS = 1.0
+_ROOM_INTERVAL_SECONDS = 1.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _EVENT_LIMIT_BYTES = 64 << 20
 _REQUEST_ID_LENGTH = 200
 _EXIT_POLL_SECONDS = 0.05
+_ROOM_POLL_SECONDS = 2.0
 _DRAIN_SECONDS = 5.0
 # Progress is not saved with every change; after a restart revisions still have to grow.
 _RESTART_REVISIONS = 1_000_000
 
 
 class JobRunner:
-    """Runs jobs in child processes, in the order in which they came.
+    """Runs jobs in child processes: in each lane one at a time, in the order in which they came.
 
     Args:
         root: Folder of the jobs' folders: `<root>/<job id>/job.json`, `log.txt`, `work/`.
         module: The module that is the child's program; it calls `worker_main`.
-        concurrency: Jobs at work at once.
+        lanes: The lane of each kind of job; kinds that are not named share one.
+        lacks: Asked before a job starts beside others that are at work, by its kind: what it waits for, in
+            words, until the answer is empty. Without it jobs of different lanes never wait for each other.
         memory_retries: How often a job that ended for want of memory is started again.
         cancel_grace_seconds: Time between asking a child to end and killing it.
         env: Variables for the children on top of ours.
+        secrets: Names of variables with secrets that the children need besides the store's key.
+        attempts: How often its service may end while a job is at one place.
+        can_end_early: Kinds of jobs whose handlers ask `JobContext.end_early`.
     """
 
     def __init__(
@@ -54,20 +80,28 @@ class JobRunner:
         root: Path,
         module: str,
         *,
-        concurrency: int = 1,
+        lanes: Mapping[str, str] | None = None,
+        lacks: Callable[[str], str] | None = None,
         memory_retries: int = 0,
         cancel_grace_seconds: float = 5.0,
         env: Mapping[str, str] | None = None,
+        secrets: Sequence[str] = (),
+        attempts: int = 5,
+        can_end_early: Collection[str] = (),
     ) -> None:
         self._root = root
+        self._attempts = attempts
         self._module = module
         self._memory_retries = memory_retries
         self._cancel_grace_seconds = cancel_grace_seconds
-        self._env = {**os.environ, **(env or {})}
+        self._env = {**environment(*STORE_KEY, *secrets, ours=True), **(env or {})}
+        self._can_end_early = frozenset(can_end_early)
         self._jobs: dict[str, JobRecord] = {}
         self._by_request: dict[str, str] = {}
         self._watched: dict[str, asyncio.Event] = {}
-        self._slots = asyncio.Semaphore(concurrency)
+        self._lanes = dict(lanes or {})
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._lacks = lacks
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._children: dict[str, asyncio.subprocess.Process] = {}
         self._secrets: dict[str, Mapping[str, str]] = {}
@@ -84,14 +118,54 @@ class JobRunner:
             if record.state is JobState.CANCELLING:
                 await self._end(record.id, state=JobState.CANCELLED)
             elif not record.state.terminal:
-                log.info("job %s goes on after a restart", record.id)
-                revision = record.revision + _RESTART_REVISIONS
-                self._update(record.id, state=JobState.QUEUED, revision=revision)
-                self._schedule(record.id)
+                await self._take_up(record)
+
+    async def _take_up(self, record: JobRecord) -> None:
+        """Go on with a job that a restart cut off, unless the service ends over it again and again."""
+        revision = record.revision + _RESTART_REVISIONS
+        if record.state is JobState.RUNNING:
+            record = record.changed(revision=revision, **interrupted(record))
+            self._jobs[record.id] = record
+            if failure := given_up(record, self._attempts):
+                log.warning("job %s failed: %s", record.id, failure.message)
+                await self._end(record.id, state=JobState.FAILED, error=failure)
+                return
+        log.info("job %s goes on after a restart", record.id)
+        self._update(record.id, state=JobState.QUEUED, revision=revision)
+        self._schedule(record.id)
+
+    async def prune(self, keep: Keeping, *, urgent: bool = False) -> int:
+        """Remove ended jobs and working files that are no longer kept.
+
+        Args:
+            keep: The bounds.
+            urgent: The disk is nearly full; see `surplus`.
+
+        Returns:
+            How much room that freed, in bytes.
+        """
+        ended = [record for record in self._jobs.values() if record.state.terminal]
+        work = {record.id: self._root / record.id / "work" for record in ended}
+        sizes = await asyncio.to_thread(
+            lambda: {job_id: folder_bytes(folder) for job_id, folder in work.items() if folder.is_dir()}
+        )
+        going = surplus(ended, sizes, keep, time.time(), urgent=urgent)
+        for job_id in going.jobs:
+            record = self._jobs.pop(job_id)
+            self._by_request.pop(record.request_id, None)
+        places = [self._root / job_id for job_id in going.jobs] + [work[job_id] for job_id in going.work]
+        for place in places:
+            await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+        if places:
+            log.info("%d ended jobs and the files of %d others went", len(going.jobs), len(going.work))
+        return sum(sizes.get(job_id, 0) for job_id in going.jobs | going.work)
 
     async def stop(self) -> None:
         """End the children; their jobs go on at the next start."""
         self._stopping = True
+        for job_id in self._children:
+            if self._jobs[job_id].state is JobState.RUNNING:
+                self._update(job_id, stopped=True)
         for child in list(self._children.values()):
             _signal(child, signal.SIGKILL)
         tasks = list(self._tasks.values())
@@ -100,7 +174,13 @@ class JobRunner:
         await asyncio.gather(*tasks, *self._terminations, return_exceptions=True)
 
     async def create(
-        self, kind: str, request_id: str, spec: Mapping[str, Any], held: Mapping[str, str] | None = None
+        self,
+        kind: str,
+        request_id: str,
+        spec: Mapping[str, Any],
+        held: Mapping[str, str] | None = None,
+        *,
+        owner: str = "",
     ) -> JobRecord:
         """Accept a job; it is on disk when this returns.
 
@@ -110,6 +190,7 @@ class JobRunner:
             spec: What to do, as JSON data.
             held: Secrets for the handler. They stay in memory: a job that is taken up after a restart of the
                 service is without them.
+            owner: For whom the gateway asks; empty for a run.
 
         Raises:
             InvalidInput: A request_id of the wrong length.
@@ -130,7 +211,15 @@ class JobRunner:
             return record
         now = time.time()
         job_id = f"{kind}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(4)}"
-        record = JobRecord(id=job_id, kind=kind, request_id=request_id, spec=dict(spec), created_at=now)
+        record = JobRecord(
+            id=job_id,
+            kind=kind,
+            request_id=request_id,
+            spec=dict(spec),
+            created_at=now,
+            owner=owner,
+            origin=origin(),
+        )
         folder = self._root / job_id
         try:
             folder.mkdir(parents=True)
@@ -159,6 +248,22 @@ class JobRunner:
     def list(self) -> list[JobRecord]:
         """Return all jobs, newest first."""
         return sorted(self._jobs.values(), key=lambda record: (record.created_at, record.id), reverse=True)
+
+    def waiting(self) -> dict[str, float]:
+        """Return how many jobs have not ended, by state: a metric."""
+        states = [record.state for record in list(self._jobs.values()) if not record.state.terminal]
+        return {str(state): states.count(state) for state in JobState if not state.terminal}
+
+    def memory_bytes(self) -> dict[str, float]:
+        """Return the resident memory of each kind of job at work, all its processes together: a metric."""
+        found: dict[str, float] = {}
+        for job_id, child in list(self._children.items()):
+            kind = self._jobs[job_id].kind
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ends just now
+                process = psutil.Process(child.pid)
+                everyone = [process, *process.children(recursive=True)]
+                found[kind] = found.get(kind, 0) + sum(each.memory_info().rss for each in everyone)
+        return found
 
     async def watch(self, job_id: str) -> AsyncIterator[JobRecord]:
         """Yield the job as it is now, then after changes (some may be skipped); end with a terminal state.
@@ -191,22 +296,66 @@ class JobRunner:
                 self._begin_termination(child)
         return self._jobs[job_id]
 
+    async def end_early(self, job_id: str) -> JobRecord:
+        """Ask a job to end early and to keep what it made; it goes on until its handler looks.
+
+        Raises:
+            NotFound: No such job.
+            FailedPrecondition: It has not begun, is being cancelled, or its work can't end early.
+            ResourceExhausted: The disk is full.
+        """
+        record = self.get(job_id)
+        if record.state.terminal:
+            return record
+        if record.kind not in self._can_end_early:
+            raise FailedPrecondition(f"A {record.kind} job can't end early.", fix="Cancel it without keep.")
+        if record.attempt == 0 or record.state is JobState.CANCELLING:
+            what = "has not begun" if record.attempt == 0 else "is being cancelled"
+            raise FailedPrecondition(
+                f"The job {job_id} {what}: there is nothing to keep.", fix="Cancel it without keep."
+            )
+        path = self._root / job_id / END_EARLY_FILE
+        try:
+            path.touch()
+        except OSError as error:
+            raise disk_error(error, path) from error
+        return record
+
     def _schedule(self, job_id: str) -> None:
         task = asyncio.get_running_loop().create_task(self._run(job_id), name=f"job {job_id}")
         self._tasks[job_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(job_id, None))
 
     async def _run(self, job_id: str) -> None:
-        """Wait for a slot, then start the job's child, again after want of memory while that is allowed."""
-        async with self._slots:
+        """Wait for a turn, then start the job's child, again after want of memory while that is allowed."""
+        record = self._jobs[job_id]
+        with belongs_to(
+            run=record.origin.get("run", ""),
+            job=job_id,
+            traceparent=record.origin.get("traceparent", ""),
+        ):
+            await self._run_in_turn(job_id)
+
+    async def _run_in_turn(self, job_id: str) -> None:
+        async with self._turns[self._lanes.get(self._jobs[job_id].kind, "")]:
             while self._jobs[job_id].state is JobState.QUEUED:
+                if lacking := await self._lacking(job_id):
+                    self._update(job_id, save=False, progress=Progress(phase="wait", message=lacking))
+                    await asyncio.sleep(_ROOM_POLL_SECONDS)
+                    continue
                 try:
                     await self._run_child(job_id)
                 except Exception as error:
                     log.exception("job %s", job_id)
-                    reason = f"The job could not be run: {type(error).__name__}: {error}"
+                    reason = f"The job could not be run ({type(error).__name__})."
                     failure = JobFailure("INTERNAL", reason, "The service's log has the details.")
                     await self._end(job_id, state=JobState.FAILED, error=failure)
+
+    async def _lacking(self, job_id: str) -> str:
+        """Return what a job has to wait for beside those at work; alone it waits for nothing."""
+        if self._lacks is None or not self._children:
+            return ""
+        return await asyncio.to_thread(self._lacks, self._jobs[job_id].kind)
 
     async def _run_child(self, job_id: str) -> None:
         """Start the job's child and see it to its end."""
@@ -255,7 +404,12 @@ class JobRunner:
                 if "progress" in event:
                     save = time.monotonic() - saved_at > _SAVE_INTERVAL_SECONDS
                     saved_at = time.monotonic() if save else saved_at
-                    self._update(job_id, save=save, progress=Progress(**event["progress"]))
+                    progress = Progress(**event["progress"])
+                    self._update(job_id, save=save, progress=progress)
+                    speed = progress.figures.get("tokens_per_second", 0.0)
+                    metrics.JOB_TOKENS_PER_SECOND.labels(self._jobs[job_id].kind).set(speed)
+                elif "counted" in event:
+                    metrics.add(event["counted"])
                 elif event:
                     outcome.update(event)
                 else:  # printed while the child's modules were being loaded
@@ -284,8 +438,17 @@ class JobRunner:
         await self._end(job_id, state=JobState.FAILED, error=failure)
 
     async def _end(self, job_id: str, **fields: Any) -> None:
-        """Bring a job into a terminal state and remove its working files."""
-        self._update(job_id, ended_at=time.time(), **fields)
+        """Bring a job into a terminal state and remove its working files.
+
+        The state is on disk first: who starts again without it needs the working files to go on from.
+        """
+        fields["ended_at"] = time.time()
+        while self._save(job_id, self._jobs[job_id].changed(**fields)) in _NO_ROOM:
+            message = "waiting for room on the disk to write down how the job ended …"
+            self._update(job_id, save=False, progress=Progress(phase="wait", message=message))
+            await asyncio.sleep(_ROOM_INTERVAL_SECONDS)
+        self._update(job_id, save=False, **fields)
+        _observe(self._jobs[job_id])
         self._secrets.pop(job_id, None)
         if self._jobs[job_id].state is not JobState.FAILED:  # a failed job's files may explain it
             await asyncio.to_thread(shutil.rmtree, self._root / job_id / "work", ignore_errors=True)
@@ -294,15 +457,21 @@ class JobRunner:
         """Change a job, on disk first, and wake who watches; with no pause in which a change is lost."""
         record = self._jobs[job_id].changed(**fields)
         if save:
-            try:
-                record.save(self._root / job_id / "job.json")
-            except OSError as error:
-                # The work itself goes on; after a restart the job is taken up from its last saved state.
-                log.error("job %s: its state %s is not on disk: %s", job_id, record.state, error)
+            # Without it the work itself goes on; after a restart the job goes on from its last saved state.
+            self._save(job_id, record)
         self._jobs[job_id] = record
         watched = self._watched.pop(job_id, None)
         if watched:
             watched.set()
+
+    def _save(self, job_id: str, record: JobRecord) -> int:
+        """Write a job to the disk; return the number of the error, or 0."""
+        try:
+            record.save(self._root / job_id / "job.json")
+        except OSError as error:
+            log.error("job %s: its state %s is not on disk: %s", job_id, record.state, error)
+            return error.errno or -1
+        return 0
 
     def _begin_termination(self, child: asyncio.subprocess.Process) -> None:
         task = asyncio.get_running_loop().create_task(self._terminate(child))
@@ -314,6 +483,25 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(_exited(child), self._cancel_grace_seconds)
         _signal(child, signal.SIGKILL)
+
+
+def _observe(record: JobRecord) -> None:
+    """Count a job that ended, and make its span."""
+    began = record.started_at or record.ended_at
+    metrics.JOB_SECONDS.labels(record.kind, record.state).observe(record.ended_at - began)
+    metrics.JOB_TOKENS_PER_SECOND.labels(record.kind).set(0)
+    parent = record.origin.get("traceparent", "")
+    traces.ended_span(
+        f"job {record.kind}",
+        traces.span_id_of(record.id, parent),
+        parent,
+        record.created_at,
+        record.ended_at,
+        record.error.message if record.error else "",
+        job=record.id,
+        state=record.state,
+        attempts=record.attempt,
+    )
 
 
 def _load(path: Path) -> JobRecord | None:
@@ -333,7 +521,7 @@ def _event(line: bytes) -> dict[str, Any]:
         event = json.loads(line)
     except ValueError:
         return {}
-    known = isinstance(event, dict) and event.keys() & {"progress", "result", "error"}
+    known = isinstance(event, dict) and event.keys() & {"progress", "result", "error", "counted"}
     return event if known else {}
 
 
@@ -361,14 +549,6 @@ def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
 def _death(code: int, log_path: Path) -> JobFailure:
     """Say why a child ended without a result or an error."""
     metadata = {"log": str(log_path), "exit_code": str(code)}
-    if code == -signal.SIGKILL:
-        return JobFailure(
-            "OUT_OF_MEMORY",
-            "The worker process was killed from outside, most likely because memory ran out.",
-            LESS_MEMORY,
-            metadata,
-        )
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return JobFailure(
-        "WORKER_DIED", f"The worker process ended with {how}.", f"Its log may say why: {log_path}", metadata
-    )
+    error = process.failure("The worker process", code, reason="WORKER_DIED")
+    fix = LESS_MEMORY if isinstance(error, OutOfMemory) else f"{error.fix} Its log may say why: {log_path}"
+    return JobFailure(error.reason, error.message, fix.strip(), metadata)

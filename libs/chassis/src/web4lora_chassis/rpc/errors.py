@@ -1,7 +1,7 @@
 """One table between our errors and gRPC status codes, used in both directions.
 
 Every status carries `google.rpc.ErrorInfo`: the reason, the domain `web4.lora`, and the metadata, in which
-`fix` says what to do.
+`fix` says what to do. Where `retry_after_seconds` is in it, the status carries `google.rpc.RetryInfo` too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from grpc_status import rpc_status
 from web4lora_chassis import errors
 
 DOMAIN = "web4.lora"
+RETRY_AFTER = "retry_after_seconds"
+"""In the metadata of an error that goes away by itself, and when."""
 
 _CODES: dict[type[errors.Web4Error], grpc.StatusCode] = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
@@ -25,6 +27,7 @@ _CODES: dict[type[errors.Web4Error], grpc.StatusCode] = {
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DataLoss: grpc.StatusCode.DATA_LOSS,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.Cancelled: grpc.StatusCode.CANCELLED,
     errors.Internal: grpc.StatusCode.INTERNAL,
 }
@@ -43,7 +46,13 @@ def status_of(error: errors.Web4Error) -> status_pb2.Status:
         metadata["fix"] = error.fix
     info = any_pb2.Any()
     info.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
-    return status_pb2.Status(code=code.value[0], message=message, details=[info])
+    details = [info]
+    if RETRY_AFTER in error.metadata:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(float(error.metadata[RETRY_AFTER]) * 1000))
+        details.append(any_pb2.Any())
+        details[-1].Pack(retry)
+    return status_pb2.Status(code=code.value[0], message=message, details=details)
 
 
 def error_of(call: grpc.RpcError, service: str = "the service") -> errors.Web4Error:

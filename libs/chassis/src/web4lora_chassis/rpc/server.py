@@ -1,15 +1,12 @@
-"""The gRPC server of every service: health, reflection, a token beyond the loopback, TLS, our errors."""
+"""The gRPC server of every service: health, reflection, a token and TLS beyond the loopback."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
-import inspect
-import ipaddress
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +14,27 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
-from grpc_status import rpc_status
 
-from web4lora_chassis.errors import FailedPrecondition, Internal, Unauthenticated, Web4Error
-from web4lora_chassis.rpc.errors import status_of
-from web4lora_chassis.settings import Settings, read_pem
+from web4lora_chassis.errors import FailedPrecondition
+from web4lora_chassis.rpc.auth import Guard
+from web4lora_chassis.rpc.bounds import Bounds
+from web4lora_chassis.rpc.client import PLAIN_TEXT_FIX, PLAIN_TEXT_RISK
+from web4lora_chassis.rpc.handlers import ErrorStatuses
+from web4lora_chassis.rpc.limits import Deadlines
+from web4lora_chassis.rpc.telemetry import ServerCalls
+from web4lora_chassis.rpc.tls import server_credentials
+from web4lora_chassis.settings import WORKERS, Settings, is_loopback
 
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_SECONDS = 2.0
-_OPEN_TO_ALL = ("/grpc.health.v1.Health/",)
+_MAX_CALLS = 1024  # watches included
+_MAX_MESSAGE_BYTES = 8 << 20  # more than any bound in `bounds`, so that what is too large is named
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # two services on one port would share its calls by chance
-    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.max_concurrent_streams", 512),  # of one connection
     # Our clients ask every 30 s whether a quiet Watch still stands; the default takes that for abuse.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
@@ -55,6 +60,7 @@ async def serve(
     registrations: Sequence[Registration],
     settings: Settings,
     *,
+    name: str,
     ready: Callable[[int], Awaitable[None]] | None = None,
     stop: asyncio.Event | None = None,
 ) -> None:
@@ -63,23 +69,35 @@ async def serve(
     Args:
         address: Host and port to listen on; port 0 takes a free one.
         registrations: What to serve.
-        settings: Token and TLS files.
+        settings: Tokens, limits and TLS files.
+        name: Which service this is: trainer, packager, deployer or gateway.
         ready: Called with the port once calls are answered.
         stop: Ends the server when set; made here when absent.
 
     Raises:
-        FailedPrecondition: The address is beyond the loopback and no token is set, or it can't be bound.
+        FailedPrecondition: The address is beyond the loopback and no token is set or no TLS, or it can't be
+            bound.
     """
-    _require_token(address, settings)
-    server = grpc.aio.server(interceptors=[_Guard(settings.token.get_secret_value())], options=_OPTIONS)
+    credentials = server_credentials(settings)
+    _require_safe(address, name, settings, encrypted=credentials is not None)
+    names = [registration.name for registration in registrations]
+    server = grpc.aio.server(
+        interceptors=[
+            ServerCalls(),
+            ErrorStatuses(),
+            Guard(name, names, settings),
+            Deadlines(settings.call_seconds),
+            Bounds(),
+        ],
+        options=_OPTIONS,
+        maximum_concurrent_rpcs=_MAX_CALLS,
+    )
     for registration in registrations:
         registration.add(registration.servicer, server)
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = [registration.name for registration in registrations]
     reflection.enable_server_reflection([*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
                                          reflection.SERVICE_NAME], server)  # fmt: skip
-    credentials = _credentials(settings)
     try:
         port = (
             server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
@@ -92,8 +110,8 @@ async def serve(
         ) from error
     stop = stop or asyncio.Event()
     await server.start()
-    for name in ("", *names):
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    for each in ("", *names):
+        await health.set(each, health_pb2.HealthCheckResponse.SERVING)
     with _stopped_by_signals(stop):
         log.info("serving on %s, port %d", address, port)
         if ready:
@@ -120,118 +138,18 @@ def _stopped_by_signals(stop: asyncio.Event) -> Any:
             loop.remove_signal_handler(number)
 
 
-def _require_token(address: str, settings: Settings) -> None:
-    host = address.rsplit(":", 1)[0].strip("[]")
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not settings.token.get_secret_value():
+def _require_safe(address: str, name: str, settings: Settings, *, encrypted: bool) -> None:
+    if is_loopback(address):
+        return
+    if not (settings.shared_token or (name in WORKERS and settings.worker_token(name))):
         raise FailedPrecondition(
             f"{address} is beyond the loopback, and no token is set.",
             fix="Set WEB4LORA_TOKEN_FILE, for every service and client alike, or listen on 127.0.0.1.",
             reason="TOKEN_REQUIRED",
         )
-
-
-def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """Return the credentials that the settings ask for; never plain text by half a setting."""
-    files = (settings.tls_certificate_file, settings.tls_key_file)
-    if not any(files) and not settings.tls_client_required:
-        return None
-    certificate, key = files
-    if not (certificate and key) or (settings.tls_client_required and not settings.tls_authority_file):
+    if not encrypted and not settings.insecure:
         raise FailedPrecondition(
-            "TLS is set by halves.",
-            fix="Set WEB4LORA_TLS_CERTIFICATE_FILE and WEB4LORA_TLS_KEY_FILE; with "
-            "WEB4LORA_TLS_CLIENT_REQUIRED also WEB4LORA_TLS_AUTHORITY_FILE.",
-            reason="TLS_INCOMPLETE",
+            f"{address} is beyond the loopback, and without TLS {PLAIN_TEXT_RISK}.",
+            fix=PLAIN_TEXT_FIX,
+            reason="TLS_REQUIRED",
         )
-    return grpc.ssl_server_credentials(
-        [(read_pem(key), read_pem(certificate))],
-        root_certificates=read_pem(settings.tls_authority_file) if settings.tls_authority_file else None,
-        require_client_auth=settings.tls_client_required,
-    )
-
-
-class _Guard(grpc.aio.ServerInterceptor):
-    """Refuses calls without the token, and turns our errors into statuses."""
-
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode() if token else b""
-
-    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        allowed = not self._expected or details.method.startswith(_OPEN_TO_ALL) or self._shown(details)
-        if handler.response_streaming:
-            behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            wrapped = _stream(behavior, allowed)
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-        else:
-            behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            wrapped = _single(behavior, allowed)
-            make = (
-                grpc.stream_unary_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
-
-    def _shown(self, details: grpc.HandlerCallDetails) -> bool:
-        shown = dict(details.invocation_metadata or ()).get("authorization", "")
-        return hmac.compare_digest(shown.encode() if isinstance(shown, str) else shown, self._expected)
-
-
-def _check(allowed: bool) -> None:
-    if not allowed:
-        raise Unauthenticated(
-            "This call needs the services' token.", fix="Set WEB4LORA_TOKEN or WEB4LORA_TOKEN_FILE."
-        )
-
-
-def _single(behavior: Any, allowed: bool) -> Any:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            _check(allowed)
-            return await behavior(request, context)
-        except Web4Error as error:
-            await context.abort_with_status(rpc_status.to_status(status_of(error)))
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            log.exception("defect while answering a call")
-            await context.abort_with_status(rpc_status.to_status(status_of(_defect(error))))
-
-    return call
-
-
-def _stream(behavior: Any, allowed: bool) -> Any:
-    if not inspect.isasyncgenfunction(behavior):
-        return _single(behavior, allowed)  # it writes its answers by itself, as the health service does
-
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        try:
-            _check(allowed)
-            async for message in behavior(request, context):
-                yield message
-        except Web4Error as error:
-            await context.abort_with_status(rpc_status.to_status(status_of(error)))
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            log.exception("defect while answering a call")
-            await context.abort_with_status(rpc_status.to_status(status_of(_defect(error))))
-
-    return call
-
-
-def _defect(error: Exception) -> Internal:
-    return Internal(
-        f"{type(error).__name__}: {error}", fix="This is a defect; the service's log has the details."
-    )

@@ -6,14 +6,13 @@ import contextlib
 import hashlib
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 from urllib.parse import urlencode, urljoin, urlsplit, urlunsplit
 
-import httpx
+import httpx2
 from web4lora_chassis.errors import (
     DataLoss,
     FailedPrecondition,
@@ -23,9 +22,11 @@ from web4lora_chassis.errors import (
     Web4Error,
 )
 
-from web4lora_deployer.oci import Blob
 from web4lora_deployer.registry.login import Credentials, Login, denied
+from web4lora_deployer.registry.oci import Blob
+from web4lora_deployer.registry.patience import BUSY, Patience, busy
 from web4lora_deployer.registry.reference import Reference
+from web4lora_deployer.registry.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,8 @@ Body = Callable[[], Iterator[bytes]]
 
 CHUNK_BYTES = 16 << 20
 _PIECE_BYTES = 1 << 18
-_TIMEOUT = httpx.Timeout(120.0, connect=10.0)
-_PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0)
-_BUSY = (429, 502, 503, 504)
+_TIMEOUT = httpx2.Timeout(120.0, connect=10.0)
+_DENIED = (401, 403)
 _NO_CHUNKS = (400, 404, 405, 411, 413, 415, 501)
 _OUT_OF_STEP = (404, 416)
 _FULL = ("no space left", "disk quota exceeded")
@@ -63,8 +63,10 @@ class Registry:
         self._place = place
         self._base = place.address(plain_http=plain_http)
         # Proxies and certificates of the environment are for the world outside, not for this machine.
-        self._http = httpx.Client(timeout=_TIMEOUT, trust_env=not place.loopback)
-        self._login = Login(credentials, self._http, plain_http=self._base.startswith("http:"))
+        self._http = httpx2.Client(timeout=_TIMEOUT, trust_env=not place.loopback)
+        self._login = Login(
+            credentials, self._http, place.repository, plain_http=self._base.startswith("http:")
+        )
         self._unfinished = unfinished
         self.sent_bytes = 0
         """Bytes of blobs sent so far, those sent twice counted twice."""
@@ -83,9 +85,9 @@ class Registry:
         """Return the digest of what a tag stands for; empty when there is no such tag."""
         url = self._url(f"manifests/{tag}")
         answer = self._again(lambda: self._send("HEAD", url, headers={"Accept": media_type}))
-        if answer.status_code == httpx.codes.NOT_FOUND:
+        if answer.status_code == httpx2.codes.NOT_FOUND:
             return ""
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             raise self._refused("say what it has", answer)
         return str(answer.headers.get("Docker-Content-Digest", ""))
 
@@ -111,8 +113,8 @@ class Registry:
         """Say whether a blob is there."""
         url = self._url(f"blobs/sha256:{blob.sha256}")
         answer = self._again(lambda: self._send("HEAD", url, follow=True))
-        if answer.status_code in (httpx.codes.OK, httpx.codes.NOT_FOUND):
-            return answer.status_code == httpx.codes.OK
+        if answer.status_code in (httpx2.codes.OK, httpx2.codes.NOT_FOUND):
+            return answer.status_code == httpx2.codes.OK
         raise self._refused("look for a blob", answer)
 
     def put_blob(self, blob: Blob, advance: Advance) -> None:
@@ -142,19 +144,16 @@ class Registry:
 
     def _put_chunks(self, blob: Blob, progress: _Progress) -> bool:
         """Send a blob chunk by chunk, on from where an earlier upload ended; False if none are taken here."""
-        session = _Session(self._unfinished, self._place, blob.sha256)
+        session = Session(self._unfinished, self._place, blob.sha256)
         address, done = self._again(lambda: self._resume(session))
-        pauses = iter(_PAUSES_SECONDS)
+        patience = Patience()
         while done < blob.size_bytes:
             size = min(CHUNK_BYTES, blob.size_bytes - done)
             progress.at(done)
             try:
                 answer = self._send_chunk(address, self._part(blob, done, size, progress), done, size)
-            except Unavailable:
-                pause = next(pauses, None)
-                if pause is None:
-                    raise
-                time.sleep(pause)
+            except Unavailable as error:
+                patience.wait(error)
                 address, done = self._again(lambda: self._resume(session))
                 continue
             if answer is None:
@@ -162,12 +161,24 @@ class Registry:
                 return False
             address, done = self._location(answer, address), done + size
             session.keep(address)
-            pauses = iter(_PAUSES_SECONDS)
-        self._end(address, blob, lambda: iter(()), 0)
+            patience = Patience()
+        self._end_chunks(address, blob)
         session.forget()
         return True
 
-    def _send_chunk(self, address: str, part: Body, start: int, size: int) -> httpx.Response | None:
+    def _end_chunks(self, address: str, blob: Blob) -> None:
+        """End an upload whose chunks have all arrived."""
+        patience = Patience()
+        while True:
+            try:
+                self._end(address, blob, lambda: iter(()), 0)
+            except Unavailable as error:
+                patience.wait(error)
+                if not self.has_blob(blob):
+                    continue  # else the answer was lost, not the blob
+            return
+
+    def _send_chunk(self, address: str, part: Body, start: int, size: int) -> httpx2.Response | None:
         """Send one chunk; None when the registry takes none at all.
 
         Raises:
@@ -179,7 +190,7 @@ class Registry:
             "Content-Length": str(size),
         }
         answer = self._send("PATCH", address, part, headers)
-        if answer.status_code == httpx.codes.ACCEPTED:
+        if answer.status_code == httpx2.codes.ACCEPTED:
             return answer
         if start == 0 and answer.status_code in _NO_CHUNKS:
             log.info("%s takes no chunks: HTTP %d", self._place.host, answer.status_code)
@@ -192,12 +203,12 @@ class Registry:
             )
         raise self._refused("take the model's file", answer)
 
-    def _resume(self, session: _Session) -> tuple[str, int]:
+    def _resume(self, session: Session) -> tuple[str, int]:
         """Return the address of the upload and how much has arrived; a new one when none is unfinished."""
         address = session.address()
         if address:
             answer = self._send("GET", address)
-            if answer.status_code == httpx.codes.NO_CONTENT:
+            if answer.status_code == httpx2.codes.NO_CONTENT:
                 arrived = re.fullmatch(r"(?:bytes=)?0-(\d+)", answer.headers.get("Range", ""))
                 last = int(arrived[1]) if arrived else 0
                 return self._location(answer, address), last + 1 if last else 0
@@ -209,7 +220,7 @@ class Registry:
         """Open an upload; return its address."""
         url = self._url("blobs/uploads/")
         answer = self._send("POST", url, headers={"Content-Length": "0"})
-        if answer.status_code != httpx.codes.ACCEPTED:
+        if answer.status_code != httpx2.codes.ACCEPTED:
             raise self._refused("begin an upload", answer)
         return self._location(answer, url)
 
@@ -243,7 +254,7 @@ class Registry:
         headers: Mapping[str, str] | None = None,
         *,
         follow: bool = False,
-    ) -> httpx.Response:
+    ) -> httpx2.Response:
         """Send a request, once more with a fresh login when the registry asks for one.
 
         Raises:
@@ -251,29 +262,41 @@ class Registry:
             Unavailable: It is out of reach, or busy.
         """
         answer = self._once(method, url, body, headers, follow=follow)
-        if answer.status_code == httpx.codes.UNAUTHORIZED and self._ours(url):
-            self._login.answer(answer.headers.get_list("WWW-Authenticate"), self._place.host)
+        if answer.status_code in _DENIED and self._ours(url) and (challenges := self._challenges(answer)):
+            self._login.answer(challenges, self._place.host)
             answer = self._once(method, url, body, headers, follow=follow)
-        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        if answer.status_code in _DENIED:
             raise denied(self._place.host, _said(answer))
-        if answer.status_code in _BUSY:
-            raise Unavailable(
-                f"{self._place.host} is busy: {_said(answer)}",
-                fix="Try again later; what has arrived is not sent again.",
-                reason="REGISTRY_BUSY",
-            )
+        if answer.status_code in BUSY:
+            raise busy(self._place.host, answer, _said(answer))
         return answer
 
+    def _challenges(self, answer: httpx2.Response) -> list[str]:
+        """Return how a registry that refuses a request wants us to log in; some say so only at their door."""
+        found = answer.headers.get_list("WWW-Authenticate")
+        if not found and answer.status_code == httpx2.codes.FORBIDDEN:
+            door = self._once("GET", f"{self._base}/v2/", None, None, follow=False, login=False)
+            found = door.headers.get_list("WWW-Authenticate")
+        return found
+
     def _once(
-        self, method: str, url: str, body: Body | None, headers: Mapping[str, str] | None, *, follow: bool
-    ) -> httpx.Response:
-        shown = {"Authorization": self._login.header} if self._login.header and self._ours(url) else {}
+        self,
+        method: str,
+        url: str,
+        body: Body | None,
+        headers: Mapping[str, str] | None,
+        *,
+        follow: bool,
+        login: bool = True,
+    ) -> httpx2.Response:
+        known = login and self._login.header and self._ours(url)
+        shown = {"Authorization": self._login.header} if known else {}
         try:
             return self._http.request(
                 method, url, content=body() if body else None, headers={**(headers or {}), **shown},
                 follow_redirects=follow,
             )  # fmt: skip
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise Unavailable(
                 f"{self._place.host} is out of reach, or went away: {error or type(error).__name__}",
                 fix="Try again: what has arrived is not sent again.",
@@ -283,13 +306,12 @@ class Registry:
 
     def _again(self, call: Callable[[], T]) -> T:
         """Call something that is safe to repeat, a few times while the registry is out of reach or busy."""
-        for pause in _PAUSES_SECONDS:
+        patience = Patience()
+        while True:
             try:
                 return call()
             except Unavailable as error:
-                log.info("again in %g s: %s", pause, error.message)
-                time.sleep(pause)
-        return call()
+                patience.wait(error)
 
     def _ours(self, url: str) -> bool:
         """Say whether an address is the registry's own: an upload may be sent on to another host."""
@@ -299,7 +321,7 @@ class Registry:
     def _url(self, path: str) -> str:
         return f"{self._base}/v2/{self._place.repository}/{path}"
 
-    def _location(self, answer: httpx.Response, url: str) -> str:
+    def _location(self, answer: httpx2.Response, url: str) -> str:
         """Return the address at which an upload goes on."""
         location = urljoin(url, str(answer.headers.get("Location", "")))
         if self._base.startswith("https:") and urlsplit(location).scheme != "https":
@@ -310,7 +332,7 @@ class Registry:
             )
         return location
 
-    def _refused(self, doing: str, answer: httpx.Response) -> Web4Error:
+    def _refused(self, doing: str, answer: httpx2.Response) -> Web4Error:
         """Return the error for an answer that is neither yes nor busy."""
         said = _said(answer)
         text = f"{self._place.host} could not {doing}: {said}"
@@ -335,38 +357,13 @@ class _Progress:
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
-        self._told = 0
+        self._reported = 0
 
     def at(self, position: int) -> None:
         """Tell of a position in the blob."""
-        if position > self._told:
-            self._advance(position - self._told)
-            self._told = position
-
-
-class _Session:
-    """The address of one unfinished upload, in a file of its own."""
-
-    def __init__(self, folder: Path, place: Reference, sha256: str) -> None:
-        name = f"{place.host}/{place.repository}@{sha256}"
-        self._file = folder / hashlib.sha256(name.encode()).hexdigest()[:32]
-
-    def address(self) -> str:
-        """Return it; empty when there is none."""
-        try:
-            return self._file.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return ""
-
-    def keep(self, address: str) -> None:
-        """Write it down. It may hold a key to the upload, so it is for us alone."""
-        self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._file.write_text(address, encoding="utf-8")
-        self._file.chmod(0o600)
-
-    def forget(self) -> None:
-        """Remove it."""
-        self._file.unlink(missing_ok=True)
+        if position > self._reported:
+            self._advance(position - self._reported)
+            self._reported = position
 
 
 def _read(blob: Blob, start: int, size_bytes: int) -> Iterator[bytes]:
@@ -382,7 +379,7 @@ def _read(blob: Blob, start: int, size_bytes: int) -> Iterator[bytes]:
             left -= len(piece)
 
 
-def _said(answer: httpx.Response) -> str:
+def _said(answer: httpx2.Response) -> str:
     """Return what a registry says of an error: its codes and messages, else the text."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         errors = [

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 from web4lora_chassis.errors import InvalidInput, Unauthenticated, Unavailable
+
+from web4lora_deployer.registry.patience import BUSY, busy
 
 _CLIENT_ID = "web4lora"
 _TOKEN_SECONDS = 30.0
@@ -60,15 +62,22 @@ def read_credentials(text: str) -> Credentials:
 class Login:
     """Answers the challenges of one registry.
 
+    A token is always asked for with the right to push: some registries give one for reading when they are
+    first asked what they have, and then refuse to write by it without a challenge.
+
     Args:
         credentials: Who we are.
         http: For the token server.
+        repository: Where we push to.
         plain_http: Whether credentials may be sent without TLS.
     """
 
-    def __init__(self, credentials: Credentials, http: httpx.Client, *, plain_http: bool) -> None:
+    def __init__(
+        self, credentials: Credentials, http: httpx2.Client, repository: str, *, plain_http: bool
+    ) -> None:
         self._credentials = credentials
         self._http = http
+        self._scope = f"repository:{repository}:pull,push"
         self._plain_http = plain_http
         self.header = ""
         """The value of the header Authorization; empty until the registry has asked for one."""
@@ -82,7 +91,7 @@ class Login:
 
         Raises:
             Unauthenticated: Nothing that we have answers it.
-            Unavailable: Its token server is out of reach.
+            Unavailable: Its token server is out of reach, or busy.
         """
         for challenge in challenges:
             scheme, _, rest = challenge.partition(" ")
@@ -103,29 +112,33 @@ class Login:
                 fix="Ask whoever runs the registry; --plain-http allows it in a network that you trust.",
                 reason="REGISTRY_LOGIN",
             )
-        wanted = {name: challenge[name] for name in ("service", "scope") if challenge.get(name)}
+        wanted = {"scope": self._scope}
+        if challenge.get("service"):
+            wanted["service"] = challenge["service"]
         try:
             if self._credentials.identity_token:
-                form = {
+                fields = {
                     "grant_type": "refresh_token",
                     "refresh_token": self._credentials.identity_token,
                     "client_id": _CLIENT_ID,
                     **wanted,
                 }
-                answer = self._http.post(realm, data=form, timeout=_TOKEN_SECONDS)
+                answer = self._http.post(realm, data=fields, timeout=_TOKEN_SECONDS)
             else:
                 basic = self._credentials.basic
                 headers = {"Authorization": basic} if basic else {}
-                url = httpx.URL(realm).copy_merge_params(wanted)
+                url = httpx2.URL(realm).copy_merge_params(wanted)
                 answer = self._http.get(url, headers=headers, timeout=_TOKEN_SECONDS)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise Unavailable(
                 f"The login server of {host}, {urlsplit(realm).netloc}, is out of reach: "
                 f"{error or type(error).__name__}",
                 fix="Try again; what has arrived is not sent again.",
                 reason="REGISTRY_UNAVAILABLE",
             ) from error
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code in BUSY:
+            raise busy(f"The login server of {host}", answer, f"HTTP {answer.status_code}")
+        if answer.status_code != httpx2.codes.OK:
             raise denied(host, f"its login server said HTTP {answer.status_code}")
         try:
             data = answer.json()

@@ -10,6 +10,8 @@ from web4lora_deployer.report.eval_json import SCHEMA
 from web4lora_deployer.report.facts import ReportFacts, VerifySummary, fact
 from web4lora_deployer.suite.budgets import points
 
+_COMPARABLE = (SCHEMA, "web4lora.eval/1")  # what is compared here is the same in both
+
 
 def changes(facts: ReportFacts, summary: VerifySummary) -> str:
     """Compare with the last report; "" when there is none.
@@ -25,7 +27,7 @@ def changes(facts: ReportFacts, summary: VerifySummary) -> str:
     if not before:
         return ""
     title = "## What changed since last time\n\n"
-    if before.get("schema") != SCHEMA:
+    if before.get("schema") not in _COMPARABLE:
         return f"{title}The last report has another form ({str(before.get('schema'))[:40]}): not compared."
     rows = [*_scores(before, summary), *_figures(before, summary)]
     moved = [row for row in rows if row[1] != row[2]]

@@ -24,9 +24,11 @@ from web4lora_deployer.report.layout import (
     place,
 )
 from web4lora_deployer.report.picture import paint
+from web4lora_deployer.suite import State
 
 _INPUT, _TRAIN, _PACKAGE, _DEPLOY = "#475569", "#c2410c", "#6d28d9", "#0f766e"
-_PASSED, _FAILED = "#15803d", "#b91c1c"
+_COLORS = {State.PASSED: "#15803d", State.UNDECIDED: "#a16207", State.FAILED: "#b91c1c"}
+_SIGNS = {State.PASSED: "✓", State.UNDECIDED: "?", State.FAILED: "✗"}
 
 Rows = list[tuple[str, str | None]]
 DIAGRAM = "drawio_diagram.png"
@@ -79,8 +81,8 @@ def _titles(facts: ReportFacts, summary: VerifySummary, width: float, height: fl
     inner = width - 2 * MARGIN
     name = str(fact(facts.run, "name") or facts.name)
     run_id = fact(facts.run, "run_id")
-    verdict = ("✓ " if summary.passed else "✗ ") + summary.verdict
-    color = _PASSED if summary.passed else _FAILED
+    verdict = f"{_SIGNS[summary.state]} {summary.verdict}"
+    color = _COLORS[summary.state]
     title = fit(f"{name}: from the dataset to a model that answers", inner * 0.7, 22, bold=True)
     texts = [
         Text("title", MARGIN, 20, inner * 0.72, (title,), 22, "#0f172a", True, pitch=30),
@@ -106,7 +108,13 @@ def _words(value: Any, write: Any = str) -> str:
 
 
 def _time(run: Mapping[str, Any], stage: str) -> str:
+    """Write how long a stage took; of one that was taken over: when it ran."""
     return _words(fact(run, "stages", stage, "seconds"), words.duration)
+
+
+def _taken_over(run: Mapping[str, Any], stage: str) -> Rows:
+    """Name the run that a stage was taken over from, whose time is shown."""
+    return [("taken over from", _words(fact(run, "stages", stage, "reused_from_run")))]
 
 
 def _digest(value: Any) -> str:
@@ -123,6 +131,7 @@ def _dataset(run: Mapping[str, Any]) -> Stage:
         ("of these trained", _words(data.get("trained_tokens"), words.number)),
         ("digest", _digest(data.get("digest"))),
     ]
+    rows += _taken_over(run, "prepare")
     headline = _words(data.get("train_rows"), lambda count: f"{words.number(count)} rows")
     return Stage("dataset", "Dataset", _INPUT, _time(run, "prepare"), headline, _known(rows))
 
@@ -138,6 +147,7 @@ def _train(run: Mapping[str, Any]) -> Stage:
         ("device", _words(train.get("device"))),
         ("adapter", _digest(train.get("adapter_digest"))),
     ]
+    rows += _taken_over(run, "train")
     headline = _words(train.get("final_loss"), lambda value: f"loss {words.loss(value)}")
     time = _time(run, "train") or _words(train.get("seconds"), words.duration)
     return Stage("train", "Train the adapter", _TRAIN, time, headline, _known(rows))
@@ -192,6 +202,7 @@ def _quantize(facts: ReportFacts) -> Stage:
         text = " ".join(filter(None, [_words(size, words.size), _words(share, words.reduction)]))
         if quant.get("type") != model.label:
             rows.append((str(quant.get("type", "")), text))
+    rows += _taken_over(facts.run, "package")
     share = facts.size_reduction
     headline = words.size(model.size_bytes) if model.size_bytes else ""
     if headline and share is not None:
@@ -213,6 +224,7 @@ def _deploy(facts: ReportFacts, summary: VerifySummary) -> Stage:
         ("first token", words.duration(first) if first else ""),
         ("memory", words.size(summary.memory_bytes) if summary.memory_bytes else ""),
     ]
+    rows += _taken_over(run, "deploy")
     speed = f"{summary.tokens_per_second:.0f} tokens/s" if summary.tokens_per_second else ""
     headline = speed or model.target or _words(fact(run, "deploy", "target"))
     return Stage("deploy", "Deploy", _DEPLOY, _time(run, "deploy"), headline, _known(rows))
@@ -224,12 +236,13 @@ def _verify(facts: ReportFacts, summary: VerifySummary) -> Stage:
         now = words.percent(score.deployed_percent)
         before = words.percent(score.reference_percent)
         rows.append((score.title, now if score.reference_percent is None else f"{before} → {now}"))
-    kept = sum(gate.passed for gate in summary.gates)
+    kept, missed = (len(summary.gates_that(state)) for state in (State.PASSED, State.FAILED))
     headline = words.plural(len(facts.suite.prompts), "prompt")
     if summary.gates:
-        headline = f"{kept} of {len(summary.gates)} limits kept"
+        count = len(summary.gates)
+        headline = f"{missed} of {count} limits missed" if missed else f"{kept} of {count} limits kept"
         rows.append(("prompts", words.number(len(facts.suite.prompts))))
-    color = _PASSED if summary.passed else _FAILED
+    color = _COLORS[summary.state]
     seconds = sum(measured.result.seconds for measured in facts.models.values())
     return Stage("verify", "Verify", color, words.duration(seconds), headline, _known(rows))
 

@@ -12,15 +12,15 @@ from web4lora_deployer.report.facts import Comparison, Measured, ReportFacts, Ve
 from web4lora_deployer.report.throughput import throughput_of
 from web4lora_deployer.suite import Answer, Score, score_details
 
-SCHEMA = "web4lora.eval/1"
-_PACKAGES = ("web4lora-deployer", "httpx", "tree-sitter", "tree-sitter-typescript")
+SCHEMA = "web4lora.eval/2"
+_PACKAGES = ("web4lora-deployer", "httpx2", "tree-sitter", "tree-sitter-typescript")
 
 
 def eval_json(facts: ReportFacts, summary: VerifySummary, measured_at: datetime) -> dict[str, Any]:
     """Return the report as JSON data."""
     prompts = {prompt.id: prompt for prompt in facts.suite.prompts}
     answers: list[dict[str, Any]] = [
-        {"id": prompt.id, "core": prompt.core, "question": prompt.question, "wanted": prompt.reference}
+        {"id": prompt.id, "core": prompt.core, "question": prompt.question, "wanted": prompt.expected}
         for prompt in prompts.values()
     ]
     for role, measured in facts.models.items():
@@ -28,7 +28,7 @@ def eval_json(facts: ReportFacts, summary: VerifySummary, measured_at: datetime)
         for index, (row, answer) in enumerate(zip(answers, measured.result.answers, strict=True)):
             row[role] = _answer(answer)
             if facts.suite.repeats > 1:
-                row[role]["repeats"] = _repeats([asked[index] for asked in measured.result.passes])
+                row[role]["repeats"] = _repeats([each[index] for each in measured.result.passes])
             if answer.id in constrained:
                 row[role]["constrained"] = _answer(constrained[answer.id])
     speeds = {role: throughput_of(facts, measured) for role, measured in facts.models.items()}
@@ -36,8 +36,10 @@ def eval_json(facts: ReportFacts, summary: VerifySummary, measured_at: datetime)
         "schema": SCHEMA,
         "name": facts.name,
         "measured_at": measured_at.isoformat(timespec="seconds"),
+        "state": summary.state.lower(),
         "passed": summary.passed,
         "verdict": summary.verdict,
+        "advice": list(summary.advice),
         "run_id": facts.run.get("run_id"),
         "suite": {
             "name": facts.suite.name,
@@ -49,7 +51,9 @@ def eval_json(facts: ReportFacts, summary: VerifySummary, measured_at: datetime)
         "models": {role: _model(measured) for role, measured in facts.models.items()},
         "scores": [_score(score) for score in summary.scores],
         "details": [_score(score) for score in details(facts)],
-        "gates": [asdict(gate) for gate in summary.gates],
+        "gates": [
+            asdict(gate) | {"state": gate.state.lower(), "passed": gate.passed} for gate in summary.gates
+        ],
         "time_to_first_token_seconds": summary.time_to_first_token_seconds or None,
         "tokens_per_second": summary.tokens_per_second or None,
         "memory_bytes": summary.memory_bytes or None,
@@ -104,13 +108,13 @@ def _comparison(facts: ReportFacts, comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _repeats(asked: Sequence[Answer]) -> dict[str, Any]:
+def _repeats(answers: Sequence[Answer]) -> dict[str, Any]:
     """Tell how stable a prompt's answers are."""
-    names = [check.name for check in asked[0].checks]
-    passed = [{check.name for check in answer.checks if check.passed} for answer in asked]
+    names = [check.name for check in answers[0].checks]
+    passed = [{check.name for check in answer.checks if check.passed} for answer in answers]
     return {
-        "asked": len(asked),
-        "different_texts": len({answer.reply.text for answer in asked}),
+        "asked": len(answers),
+        "different_texts": len({answer.reply.text for answer in answers}),
         "passed": {name: sum(name in each for each in passed) for name in names},
     }
 

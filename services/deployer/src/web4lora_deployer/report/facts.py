@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from web4lora_deployer.report.advice import advice
+from web4lora_deployer.report.marks import visible
 from web4lora_deployer.suite import (
     Answer,
     Budgets,
@@ -15,12 +17,16 @@ from web4lora_deployer.suite import (
     Latency,
     Measurements,
     Score,
+    State,
     Suite,
     SuiteResult,
     judge,
     score_suite,
+    state_of,
     verdict,
 )
+
+_SAMPLE_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
@@ -199,24 +205,35 @@ class VerifySummary:
     Attributes:
         scores: Scores by check.
         gates: Limits.
-        passed: True when every limit was kept.
+        state: Of all limits together.
         verdict: The verdict in words.
         time_to_first_token_seconds: Median, one request at a time; 0 when not measured.
         tokens_per_second: Median of one request at a time; 0 when not measured.
         memory_bytes: Of the runtime under test; 0 when unknown.
         samples: The first prompt of each core with its answer.
+        advice: What to do about limits that were missed or are undecided, a sentence each.
         files: What was written.
     """
 
     scores: tuple[Score, ...]
     gates: tuple[Gate, ...]
-    passed: bool
+    state: State
     verdict: str
     time_to_first_token_seconds: float
     tokens_per_second: float
     memory_bytes: int
     samples: tuple[Sample, ...]
+    advice: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every limit was shown to be kept."""
+        return self.state is State.PASSED
+
+    def gates_that(self, state: State) -> tuple[Gate, ...]:
+        """Return the limits that came out so."""
+        return tuple(gate for gate in self.gates if gate.state is state)
 
 
 def summarize(facts: ReportFacts) -> VerifySummary:
@@ -232,12 +249,13 @@ def summarize(facts: ReportFacts) -> VerifySummary:
     return VerifySummary(
         scores=scores,
         gates=gates,
-        passed=all(gate.passed for gate in gates),
+        state=state_of(gates),
         verdict=verdict(gates),
         time_to_first_token_seconds=alone.first_token_seconds if alone else 0.0,
         tokens_per_second=speed or 0.0,
         memory_bytes=deployed.memory_bytes,
         samples=tuple(_samples(facts.suite, deployed)),
+        advice=advice(scores, gates, facts.budgets, "" if facts.with_diagram else facts.reference_label),
     )
 
 
@@ -261,5 +279,12 @@ def _samples(suite: Suite, result: SuiteResult) -> list[Sample]:
     for core in suite.cores:
         prompt = next(prompt for prompt in suite.prompts if prompt.core == core.name)
         answer = by_id[prompt.id]
-        samples.append(Sample(core.name, prompt.question, answer.reply.text.strip(), answer.passed))
+        question, text = _shown(prompt.question), _shown(answer.reply.text)
+        samples.append(Sample(core.name, question, text, answer.passed))
     return samples
+
+
+def _shown(text: str) -> str:
+    """Return a text as a terminal may show it, its beginning when it is long."""
+    head = visible(text.strip()[:_SAMPLE_CHARACTERS])
+    return head if len(text.strip()) <= _SAMPLE_CHARACTERS else f"{head} …"

@@ -8,21 +8,26 @@ from datetime import datetime
 from typing import Any
 
 from web4lora_deployer.report import words
+from web4lora_deployer.report.advice import subject
 from web4lora_deployer.report.changes import changes
 from web4lora_deployer.report.diagram import DIAGRAM
 from web4lora_deployer.report.eval_json import versions
 from web4lora_deployer.report.facts import Measured, ReportFacts, VerifySummary, fact
+from web4lora_deployer.report.marks import SIGNS, table
 from web4lora_deployer.report.marks import code as _code
 from web4lora_deployer.report.marks import fenced as _fenced
 from web4lora_deployer.report.marks import plain as _plain
-from web4lora_deployer.report.marks import table
 from web4lora_deployer.report.same_answers import same_answers
 from web4lora_deployer.report.throughput import throughput
-from web4lora_deployer.suite import Answer, Core, Gate, Score, Suite, score_details
+from web4lora_deployer.suite import Answer, Core, Gate, Score, State, Suite, score_details, state_of
 from web4lora_deployer.suite.budgets import points
 from web4lora_deployer.suite.robustness import TITLES as ROBUSTNESS_TITLES
 
 _SHOWN_FAILURES = 8
+_STATES = (
+    "✅ passed: the whole 95 % interval keeps the limit. ❌ failed: the whole interval misses it. "
+    "🟡 undecided: it reaches to both sides, or nothing was measured."
+)
 
 
 def eval_log(facts: ReportFacts, summary: VerifySummary, measured_at: datetime, plots: Sequence[str]) -> str:
@@ -54,7 +59,6 @@ def eval_log(facts: ReportFacts, summary: VerifySummary, measured_at: datetime, 
 
 
 def _head(facts: ReportFacts, summary: VerifySummary) -> str:
-    sign = "✅" if summary.passed else "❌"
     model = facts.deployed.model
     words_of = [f"**{_plain(model.id or facts.name)}**", model.label]
     if model.size_bytes:
@@ -66,7 +70,36 @@ def _head(facts: ReportFacts, summary: VerifySummary) -> str:
     if model.target:
         words_of.append(f"on {model.target}")
     lead = " · ".join(words_of)
-    return f"# {sign} {_plain(facts.name)}: {_plain(summary.verdict)}\n\n{lead}"
+    title = f"# {SIGNS[summary.state]} {_plain(facts.name)}: {_plain(summary.verdict)}"
+    return "\n\n".join(filter(None, [title, lead, _at_a_glance(summary)]))
+
+
+def _at_a_glance(summary: VerifySummary) -> str:
+    """Say what is good, what is not, what can't be told, and what to do."""
+    scores = {score.name: score for score in summary.scores}
+
+    def gates_text(state: State) -> str:
+        gates = [f"{subject(gate, scores)} {_short(gate.measured)}" for gate in summary.gates_that(state)]
+        return "; ".join(map(_plain, gates))
+
+    rows = [
+        ["✅ good", gates_text(State.PASSED)],
+        ["❌ not good", gates_text(State.FAILED)],
+        ["🟡 undecided", gates_text(State.UNDECIDED)],
+        ["what to do", " ".join(_plain_code(each) for each in summary.advice)],
+    ]
+    known = [row for row in rows if row[1]]
+    return table(["", ""], known, left=2) if known else ""
+
+
+def _short(measured: str) -> str:
+    """Return a measured value without its interval."""
+    return measured.partition(" (")[0]
+
+
+def _plain_code(text: str) -> str:
+    """Make a text of our own safe in a cell; what stands between backticks stays code."""
+    return _plain(text).replace("\\`", "`")
 
 
 def _core(facts: ReportFacts, summary: VerifySummary, core: Core) -> str:
@@ -117,10 +150,7 @@ def _limits(gates: Sequence[Gate], score: Score) -> list[str]:
 
 
 def _sign(gates: Sequence[Gate]) -> str:
-    if not gates:
-        return ""
-    sign = "✅" if all(gate.passed for gate in gates) else "❌"
-    return sign if all(gate.settled for gate in gates) else f"{sign} *"
+    return SIGNS[state_of(gates)] if gates else ""
 
 
 def _detail_table(facts: ReportFacts, details: Sequence[Score]) -> str:
@@ -204,14 +234,9 @@ def _plots(names: Sequence[str]) -> str:
 def _gates(gates: Sequence[Gate]) -> str:
     if not gates:
         return "## Limits\n\nNone were set."
-    rows = [
-        [gate.name, gate.limit, gate.measured, "✅" if gate.passed else "❌", _plain(gate.note)]
-        for gate in gates
-    ]
+    rows = [[gate.name, gate.limit, gate.measured, SIGNS[gate.state], _plain(gate.note)] for gate in gates]
     text = "## Limits\n\n" + table(["limit", "wanted", "measured", "", "note"], rows, left=5)
-    if any(not gate.settled for gate in gates):
-        text += "\n\n\\* Too close to the limit for so few prompts: the interval reaches to both sides of it."
-    return text
+    return f"{text}\n\n{_STATES}"
 
 
 def _failures(facts: ReportFacts) -> str:
@@ -238,14 +263,14 @@ def _core_failures(facts: ReportFacts, core: Core, failed: Sequence[Answer]) -> 
         lost = f", which {_plain(facts.reference_label)} passed" if before and before.passed else ""
         yield f"**{_plain(answer.id)}**{lost}: {_plain(prompts[answer.id].question)}"
         yield _fenced(answer.reply.text)
-        yield f"Wanted:\n\n{_fenced(prompts[answer.id].reference)}"
-        yield "\n".join(_told(answer))
+        yield f"Wanted:\n\n{_fenced(prompts[answer.id].expected)}"
+        yield "\n".join(_reasons(answer))
     if len(order) > _SHOWN_FAILURES:
         yield f"… and {len(order) - _SHOWN_FAILURES} more, all in `eval.json`."
     yield "</details>"
 
 
-def _told(answer: Answer) -> Iterator[str]:
+def _reasons(answer: Answer) -> Iterator[str]:
     """Tell why an answer failed, checks with the same reason together.
 
     The reason of all style rules says all that its parts do, so these are left out.

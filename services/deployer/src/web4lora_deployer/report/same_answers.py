@@ -30,9 +30,9 @@ def _comparison(facts: ReportFacts, comparison: Comparison) -> str:
     if not count:
         return f"{what}: all {words.plural(total, 'answer')} are the same, sign by sign."
     causes = Counter(difference.cause for difference in comparison.differences)
-    told = "; ".join(f"{causes[cause]} × {CAUSES[cause]}" for cause in CAUSES if causes[cause])
+    counts = "; ".join(f"{causes[cause]} × {CAUSES[cause]}" for cause in CAUSES if causes[cause])
     differ = f"{count} {'differs' if count == 1 else 'differ'}"
-    head = f"{what}: {total - count} of {words.plural(total, 'answer')} are the same, {differ} ({told})."
+    head = f"{what}: {total - count} of {words.plural(total, 'answer')} are the same, {differ} ({counts})."
     rows = [[plain(each.id), plain(each.core), plain(each.reason)] for each in comparison.differences]
     if comparison.same_file is False:  # other weights say other things: the list is for who wants to look
         return f"{head}\n\n{_folded('Which ones', table(['prompt', 'core', 'how'], rows, left=3))}"

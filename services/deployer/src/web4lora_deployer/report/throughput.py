@@ -77,14 +77,14 @@ def throughput_of(facts: ReportFacts, measured: Measured) -> Throughput | None:
     replies = [answer.reply for answers in result.passes for answer in answers]
     if not result.seconds or not result.output_tokens:
         return None
-    told = [reply.cached_tokens for reply in replies]
-    known = [count for count in told if count is not None]
+    counts = [reply.cached_tokens for reply in replies]
+    known = [count for count in counts if count is not None]
     same_file = measured.model.digest == facts.deployed.model.digest
     return Throughput(
         requests_at_once=result.parallel,
         prompts=len(replies),
         prompt_tokens=sum(reply.prompt_tokens for reply in replies),
-        cached_tokens=sum(known) if len(known) == len(told) else None,
+        cached_tokens=sum(known) if len(known) == len(counts) else None,
         answer_tokens=result.output_tokens,
         seconds=result.seconds,
         limit=facts.speed_limit if same_file else None,
@@ -122,14 +122,14 @@ def throughput(facts: ReportFacts) -> str:
     )  # fmt: skip
     head = ["model", "at once", "prompts", "prompt tokens (cached)"]
     head += ["answer tokens/s", "share", "all tokens/s", "share"]
-    told = (
+    notes = (
         "The whole suite by the clock, reading the prompts included, beside llama-bench on the same file: "
         f"its answers alone ({limit.answer_tokens} tokens) in the first share, its prompts and answers "
         f"({limit.prompt_tokens} + {limit.answer_tokens} tokens, the suite's means) in the second, one "
         f"request after the other, {words.plural(limit.threads, 'thread')}. More than 100 % comes from "
         "requests answered in one batch, and from prompts' common beginnings, which a server reads once."
     )
-    return f"## Throughput\n\n{table(head, rows)}\n\n{told}"
+    return f"## Throughput\n\n{table(head, rows)}\n\n{notes}"
 
 
 def _share(value: float | None) -> str:

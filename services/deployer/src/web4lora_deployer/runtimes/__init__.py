@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
-from web4lora_chassis.errors import InvalidInput
+from web4lora_chassis.pipeline.deploy import AUTO, TARGET
+from web4lora_chassis.pipeline.rules import Problem, error_of
 
 from web4lora_deployer.runtimes import docker_model_runner, llama_server, ollama
 from web4lora_deployer.runtimes.base import Runtime
@@ -19,38 +21,29 @@ RUNTIMES: Mapping[str, Callable[[DeployerSettings], Runtime]] = MappingProxyType
     }
 )
 """By target, in the order in which "auto" prefers them; the last one is always there."""
-
-AUTO = "auto"
+_RUNTIME = replace(TARGET, words=tuple(word for word in TARGET.words if word != AUTO))
 
 
 def open_runtime(target: str, settings: DeployerSettings) -> Runtime:
     """Return the runtime that a target names.
 
     Raises:
-        InvalidInput: There is no such target.
+        InvalidInput: There is no such target, or it is "auto", which `choose` makes one of them.
     """
-    check_target(target)
+    if problems := [Problem("deploy.target", text, fix) for _, text, fix in _RUNTIME.wrong(target)]:
+        raise error_of(problems)
     return RUNTIMES[target](settings)
 
 
-def check_target(target: str) -> None:
-    """Refuse a target that is none.
-
-    Raises:
-        InvalidInput: There is no such target.
-    """
-    if target not in RUNTIMES:
-        raise InvalidInput(
-            f"{target!r} is not a target.",
-            fix=f"The targets are {AUTO}, {', '.join(RUNTIMES)}.",
-            metadata={"field": "deploy.target"},
-        )
-
-
 def choose(settings: DeployerSettings) -> Runtime:
-    """Return the runtime that "auto" stands for: the first one that is found and can take a model."""
+    """Return the runtime that "auto" prefers: the first one that is found and can take a model."""
+    return next(usable(settings))
+
+
+def usable(settings: DeployerSettings) -> Iterator[Runtime]:
+    """Yield the runtimes that are found and can take a model, as "auto" prefers them; at least the last."""
     runtimes = [make(settings) for make in RUNTIMES.values()]
     for runtime in runtimes[:-1]:
         if runtime.probe().usable:
-            return runtime
-    return runtimes[-1]
+            yield runtime
+    yield runtimes[-1]

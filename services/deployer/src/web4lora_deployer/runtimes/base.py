@@ -10,7 +10,7 @@ from typing import Protocol
 
 from web4lora_chassis.jobs import Progress
 
-from web4lora_deployer.deployments import Deployment
+from web4lora_deployer.records.deployments import Deployment
 
 Report = Callable[[Progress], None]
 
@@ -82,7 +82,10 @@ class Runtime(Protocol):
         """Say whether it is there and can take a model. Never raises for what it finds; takes seconds."""
 
     def deploy(self, deployment: Deployment, file: Path, report: Report) -> Deployed:
-        """Bring a model in under its id, ready to answer. What is there already is not moved again.
+        """Bring a model in under its id, ready to answer. What is there already is looked at, not changed.
+
+        It has its id only once its prompts were found to be training's: whatever ends this call before,
+        nobody finds the model by that.
 
         Args:
             deployment: What is wanted.
@@ -92,7 +95,8 @@ class Runtime(Protocol):
         Raises:
             InvalidInput: The runtime refuses a name or parameter.
             Unavailable: The runtime is out of reach, or went away meanwhile.
-            FailedPrecondition: It can't take this model; the message says why and what to do.
+            FailedPrecondition: It can't take this model, or somebody else's has the name; the message says
+                why and what to do.
             ResourceExhausted: Memory or disk don't suffice.
             DataLoss: What arrived is not what was sent.
         """
@@ -101,12 +105,13 @@ class Runtime(Protocol):
         """Point the name people call at a deployment, where the runtime knows such names; safe to repeat.
 
         Raises:
+            FailedPrecondition: Somebody else's model has the name.
             Unavailable: The runtime is out of reach.
             NotFound: The runtime no longer has the candidate.
         """
 
     def withdraw(self, deployment: Deployment) -> None:
-        """Take the name people call away again; what is gone already is no error."""
+        """Take the name people call away again if it is ours; what is gone already is no error."""
 
     def health(self, deployment: Deployment) -> Health:
         """Say how a deployment does. Never raises for what it finds; takes seconds at most."""
@@ -121,7 +126,7 @@ class Runtime(Protocol):
         """Give a deployment back what a restart of runtime or service took from it; safe to repeat."""
 
     def delete(self, deployment: Deployment) -> None:
-        """Take a deployment out; what is gone already is no error.
+        """Take a deployment out if it is ours; what is gone already is no error.
 
         Raises:
             Unavailable: The runtime is out of reach.

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import web4lora_llamacpp
 from web4lora_chassis.errors import DataLoss, FailedPrecondition, NotFound, Unavailable, Web4Error
 from web4lora_chassis.jobs import Progress
+from web4lora_chassis.jobs.byte_progress import byte_progress
+from web4lora_chassis.model_files.gguf import GgufHeader, read_gguf
 
-from web4lora_deployer.deployments import Deployment
-from web4lora_deployer.gguf_file import GgufFacts, read_facts
-from web4lora_deployer.oci import OciModel, build, tar_chunks, tar_size_bytes
+from web4lora_deployer.prompts.gate import Served, prompts, require_same_prompts
+from web4lora_deployer.records.deployments import Deployment
+from web4lora_deployer.registry.oci import OciModel, build, tar_chunks, tar_size_bytes
 from web4lora_deployer.runtimes.base import Deployed, Health, Report, RuntimeStatus, State
-from web4lora_deployer.runtimes.http import PROBE_SECONDS, client, prompt_tokens, reaching, refused
+from web4lora_deployer.runtimes.http import (
+    PROBE_SECONDS,
+    client,
+    ends_answer,
+    prompt_tokens,
+    reaching,
+    refused,
+)
+from web4lora_deployer.runtimes.ownership import Ownership
 from web4lora_deployer.runtimes.tokens import tokenizer_log, tokenizer_of
 from web4lora_deployer.settings import DeployerSettings
-from web4lora_deployer.template_gate import Served, require_same_prompts
 
 TARGET = "docker"
 WHAT = "Docker Model Runner"
@@ -50,10 +60,11 @@ class DockerModelRunnerRuntime:
         self._servers: dict[str, psutil.Process] = {}
         self._cache = settings.cache
         self._home = settings.deployer_home
+        self._own = Ownership(settings, TARGET, WHAT, "docker model rm {}", self._digest)
 
     def probe(self) -> RuntimeStatus:
         """Try its addresses; the first one that answers as Model Runner does is used from then on."""
-        answers = _look_all(self._addresses)
+        answers = _probe_all(self._addresses)
         for address, said in answers.items():
             if not said:
                 self._found = address
@@ -65,32 +76,32 @@ class DockerModelRunnerRuntime:
     def deploy(self, deployment: Deployment, file: Path, report: Report) -> Deployed:
         """Bring the model in unless it is there, tag it, bound its context, and look at the result."""
         version = self._version()
-        facts = read_facts(file)
-        model = build(deployment, file, facts)
-        if self._inspect(model.digest) is None:
-            self._load(model, deployment, report)
-        report(Progress(phase="tag", message=deployment.id))
-        self._tag(model.digest, deployment.id)
-        self._configure(deployment)
-        check_shown(self._inspect(deployment.id), model, deployment)
-        deployed = Deployed(f"{self._address()}/engines/v1", deployment.id, version)
-        if facts.chat_template:
-            self._compare_prompts(deployed, facts, file, report)
-        return deployed
+        self._own.require_ours(_named(deployment))  # said before anything is uploaded
+        header = read_gguf(file)
+        model = build(deployment, file, header)
+        if self._own.require_ours(deployment.id):  # what is there already is looked at, and never changed
+            self._try(deployment, model, header, file, report)
+        else:
+            if self._inspect(model.digest) is None:
+                self._load(model, deployment, report)
+            with self._own.working(deployment.id, self._delete) as working:
+                report(Progress(phase="tag", message=deployment.id))
+                self._tag(model.digest, working)
+                self._try(replace(deployment, id=working), model, header, file, report)
+                self._point(deployment.id, model.digest)
+            self.restore(deployment)
+        return Deployed(f"{self._address()}/engines/v1", deployment.id, version)
 
     def promote(self, deployment: Deployment) -> None:
         """Move the name's tag `latest` to the candidate."""
-        shown = self._inspect(deployment.id)
-        if shown is None:
+        digest = self._own.require_ours(deployment.id)
+        if not digest:
             raise NotFound(f"{WHAT} no longer has {deployment.id}.", fix="Deploy it again.")
-        self._tag(str(shown["id"]), f"{deployment.name}:latest")
-        named = self._inspect(f"{deployment.name}:latest")
-        if named is None or named.get("id") != shown["id"]:
-            raise Unavailable(f"{WHAT} did not point {deployment.name} at {deployment.id}.", fix="Try again.")
+        self._point(_named(deployment), digest)
 
     def withdraw(self, deployment: Deployment) -> None:
-        """Remove the name's tag; the candidates keep their own."""
-        self._delete(f"{deployment.name}:latest")
+        """Remove the name's tag if it is ours; the candidates keep their own."""
+        self._own.release(_named(deployment), self._delete)
 
     def health(self, deployment: Deployment) -> Health:
         """See that Model Runner is there and still has the model."""
@@ -133,18 +144,48 @@ class DockerModelRunnerRuntime:
 
     def delete(self, deployment: Deployment) -> None:
         """Remove the candidate's tag; the bytes go with the last one."""
-        self._delete(deployment.id)
+        self._own.release(deployment.id, self._delete)
 
-    def _compare_prompts(self, deployed: Deployed, facts: GgufFacts, file: Path, report: Report) -> None:
-        """See that the model is given as many tokens as in training: Model Runner tells no more."""
+    def _try(
+        self, deployment: Deployment, model: OciModel, header: GgufHeader, file: Path, report: Report
+    ) -> None:
+        """Bound a model's context; see that it is what was asked for and is given training's prompts."""
+        check_shown(self._inspect(deployment.id), model, deployment)
+        self.restore(deployment)
+        deployed = Deployed(f"{self._address()}/engines/v1", deployment.id, "")
+        self._compare_prompts(deployment, deployed, header, file, report)
 
-        def count(messages: Sequence[Mapping[str, str]]) -> int:
-            return prompt_tokens(WHAT, deployed.endpoint, deployed.model, messages, _LOAD_SECONDS)
+    def _point(self, name: str, digest: str) -> None:
+        """Let a name stand for a model from now on."""
+        if not self._own.move(name, digest, lambda: self._tag(digest, name)):
+            raise Unavailable(f"{WHAT} did not point {name} at {digest}.", fix="Try again.")
+
+    def _digest(self, reference: str) -> str:
+        """Return the digest that a tag stands for; empty when there is no such tag."""
+        shown = self._inspect(reference) or {}
+        tags = [normalise(str(tag)) for tag in shown.get("tags") or []]
+        return str(shown.get("id", "")) if normalise(reference) in tags else ""
+
+    def _compare_prompts(
+        self, deployment: Deployment, deployed: Deployed, header: GgufHeader, file: Path, report: Report
+    ) -> None:
+        """See that the model is given what it was in training, and ends its answers as there.
+
+        Model Runner tells how many tokens it was; which ones, a llama-server of ours says of the same file.
+        """
+
+        def count(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> int:
+            return prompt_tokens(WHAT, deployed.endpoint, deployed.model, messages, tools, _LOAD_SECONDS)
+
+        def ends(token: int) -> bool:
+            return ends_answer(WHAT, deployed.endpoint, deployed.model, token, _LOAD_SECONDS)
 
         llama = web4lora_llamacpp.ensure_built(self._cache, report)
-        report(Progress(phase="compare templates", message="by their number of tokens"))
         with tokenizer_of(llama, file, tokenizer_log(self._home, deployed.model)) as tokenizer:
-            require_same_prompts(deployed.model, facts, tokenizer, Served(count))
+            records = [self._home / "models" / record for record in deployment.records]
+            wanted = prompts(records, header, tokenizer, report)
+            served = Served(count, tokenizer.render, ends, deployment.context_tokens)
+            require_same_prompts(deployed.model, wanted, tokenizer, served)
 
     def _address(self) -> str:
         """Return the address that works.
@@ -163,13 +204,7 @@ class DockerModelRunnerRuntime:
 
     def _load(self, model: OciModel, deployment: Deployment, report: Report) -> None:
         """Stream the model in, without a copy on the way."""
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            report(Progress(phase="upload", done=done, total=deployment.size_bytes, unit="bytes"))
-
+        advance = byte_progress(report, "upload", deployment.size_bytes)
         headers = {"Content-Type": "application/x-tar", "Content-Length": str(tar_size_bytes(model))}
         answer = self._call(
             lambda http: http.post("/models/load", content=tar_chunks(model, advance), headers=headers),
@@ -180,13 +215,13 @@ class DockerModelRunnerRuntime:
                 f"{deployment.id} arrived at {WHAT} as other bytes.",
                 fix="Try again; if it happens again, the disk or the memory is at fault.",
             )
-        if answer.status_code != httpx.codes.OK or '"error"' in answer.text.replace("&#34;", '"'):
+        if answer.status_code != httpx2.codes.OK or '"error"' in answer.text.replace("&#34;", '"'):
             raise refused(WHAT, "take the model", answer.status_code, answer.text)
 
     def _tag(self, model: str, reference: str) -> None:
         name, _, tag = reference.rpartition(":")
         answer = self._call(lambda http: http.post(f"/models/{model}/tag", params={"repo": name, "tag": tag}))
-        if answer.status_code != httpx.codes.CREATED:
+        if answer.status_code != httpx2.codes.CREATED:
             raise refused(WHAT, f"tag the model as {reference}", answer.status_code, answer.text)
 
     def _configure(self, deployment: Deployment) -> None:
@@ -194,13 +229,14 @@ class DockerModelRunnerRuntime:
 
     def _configured(self, deployment: Deployment) -> bool:
         """Say whether Model Runner has the context that we set; only newer ones tell."""
+        digest = self._digest(deployment.id)
         answer = self._call(lambda http: http.get("/engines/_configure"))
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             return False
-        wanted = normalise(deployment.id)
         size = configuration(deployment)["context-size"]
         return any(
-            normalise(str(entry.get("Model", ""))) == wanted
+            digest
+            and entry.get("ModelID") == digest
             and (entry.get("Config") or {}).get("context-size") == size
             for entry in answer.json() or []
         )
@@ -213,24 +249,27 @@ class DockerModelRunnerRuntime:
     def _inspect(self, reference: str) -> Mapping[str, Any] | None:
         """Return what Model Runner knows of a model; None when it has no such model."""
         answer = self._call(lambda http: http.get(f"/models/{reference}"))
-        if answer.status_code == httpx.codes.NOT_FOUND:
+        if answer.status_code == httpx2.codes.NOT_FOUND:
             return None
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             raise refused(WHAT, "show the model", answer.status_code, answer.text)
-        data = answer.json()
+        try:
+            data = answer.json()
+        except ValueError as error:
+            raise refused(WHAT, "show the model", answer.status_code, answer.text) from error
         return data if isinstance(data, dict) else None
 
     def _delete(self, reference: str) -> None:
         answer = self._call(lambda http: http.delete(f"/models/{reference}"))
-        if answer.status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND):
+        if answer.status_code not in (httpx2.codes.OK, httpx2.codes.NOT_FOUND):
             raise refused(WHAT, f"delete {reference}", answer.status_code, answer.text)
 
     def _call(
-        self, ask: Callable[[httpx.Client], httpx.Response], seconds: float = _CALL_SECONDS
-    ) -> httpx.Response:
+        self, call: Callable[[httpx2.Client], httpx2.Response], seconds: float = _CALL_SECONDS
+    ) -> httpx2.Response:
         address = self._address()
         with reaching(WHAT, address), client(address, seconds) as http:
-            return ask(http)
+            return call(http)
 
 
 def configuration(deployment: Deployment) -> dict[str, Any]:
@@ -245,6 +284,11 @@ def configuration(deployment: Deployment) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _named(deployment: Deployment) -> str:
+    """Return the name people call, as Model Runner has it."""
+    return f"{deployment.name}:latest"
+
+
 def check_shown(shown: Mapping[str, Any] | None, model: OciModel, deployment: Deployment) -> None:
     """Compare what Model Runner shows of a model with what was asked.
 
@@ -255,13 +299,13 @@ def check_shown(shown: Mapping[str, Any] | None, model: OciModel, deployment: De
     config = shown.get("config") or {}
     wanted = {
         "id": (model.digest, shown.get("id")),
-        **{name: (asked, config.get(name)) for name, asked in model.described.items() if asked},
+        **{name: (value, config.get(name)) for name, value in model.described.items() if value},
         "tag": (True, normalise(deployment.id) in [normalise(str(tag)) for tag in shown.get("tags") or []]),
     }
-    for name, (asked, found) in wanted.items():
-        if asked != found:
+    for name, (expected, found) in wanted.items():
+        if expected != found:
             raise FailedPrecondition(
-                f"{WHAT} has {deployment.id} with {name} {found!r} in place of {asked!r}.",
+                f"{WHAT} has {deployment.id} with {name} {found!r} in place of {expected!r}.",
                 fix="Try again; if it happens again, this version is not known to us.",
                 reason="MODEL_NOT_AS_ASKED",
             )
@@ -287,14 +331,14 @@ def _process_of(digest: str) -> psutil.Process | None:
     return None
 
 
-def _look_all(addresses: Sequence[str]) -> dict[str, str]:
+def _probe_all(addresses: Sequence[str]) -> dict[str, str]:
     """Ask at all addresses at once; looking a name up can take longer than any time limit of ours."""
     answers = dict.fromkeys(addresses, "no answer in time")
 
-    def look(address: str) -> None:
-        answers[address] = _look(address)
+    def probe_one(address: str) -> None:
+        answers[address] = _probe(address)
 
-    threads = [Thread(target=look, args=(address,), daemon=True) for address in addresses]
+    threads = [Thread(target=probe_one, args=(address,), daemon=True) for address in addresses]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + 2 * PROBE_SECONDS
@@ -303,19 +347,19 @@ def _look_all(addresses: Sequence[str]) -> dict[str, str]:
     return dict(answers)
 
 
-def _look(address: str) -> str:
+def _probe(address: str) -> str:
     """Ask at an address; return why Model Runner is not there, or nothing when it is."""
     try:
         with client(address, PROBE_SECONDS) as http:
             status = http.get("/engines/status")
             models = http.get("/models")
-    except httpx.TimeoutException:
+    except httpx2.TimeoutException:
         return "no answer in time"
-    except httpx.HTTPError:
+    except httpx2.HTTPError:
         return "nothing listens there"
-    if "llama.cpp" not in status.text or status.status_code != httpx.codes.OK:
+    if "llama.cpp" not in status.text or status.status_code != httpx2.codes.OK:
         return "something else answers there"
-    return "" if models.status_code == httpx.codes.OK else "it does not let us manage models"
+    return "" if models.status_code == httpx2.codes.OK else "it does not let us manage models"
 
 
 def _version(address: str) -> str:
@@ -323,5 +367,5 @@ def _version(address: str) -> str:
     try:
         with client(address, PROBE_SECONDS) as http:
             return str(http.get("/version").json()["version"])
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+    except (httpx2.HTTPError, ValueError, KeyError, TypeError):
         return ""

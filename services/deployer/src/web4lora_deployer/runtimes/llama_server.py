@@ -11,23 +11,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import httpx
 import psutil
 import web4lora_llamacpp
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput, ResourceExhausted, Unavailable
 from web4lora_chassis.jobs import Progress
 from web4lora_chassis.jobs.record import write_json
+from web4lora_chassis.model_files.gguf import read_gguf
 
-from web4lora_deployer.deployments import Deployment, Deployments
-from web4lora_deployer.gguf_file import read_facts
-from web4lora_deployer.names import file_name
+from web4lora_deployer.prompts.gate import Served, prompts, require_same_prompts
+from web4lora_deployer.records.deployments import Deployment, Deployments
+from web4lora_deployer.records.names import file_name
 from web4lora_deployer.runtimes.base import Deployed, Health, Report, RuntimeStatus, State
-from web4lora_deployer.runtimes.http import client, prompt_tokens, reaching, refused
+from web4lora_deployer.runtimes.http import prompt_tokens
 from web4lora_deployer.runtimes.tokens import Tokenizer
 from web4lora_deployer.settings import DeployerSettings
-from web4lora_deployer.template_gate import Served, require_same_prompts
 
 TARGET = "llama-server"
 T = TypeVar("T")
@@ -155,8 +154,11 @@ class LlamaServerRuntime:
                 f"llama-server did not serve {deployment.id} within {time.monotonic() - started:.0f} s.",
                 fix="Is the deployer still running? A smaller context_tokens loads faster.",
             )
-        report(Progress(phase="compare templates", message="token by token with training's"))
-        require_same_prompts(deployment.id, read_facts(file), Tokenizer(_base(deployed)), _served(deployed))
+        tokenizer = Tokenizer(deployed.endpoint.removesuffix("/v1"))
+        records = [self._deployments.models / record for record in deployment.records]
+        wanted = prompts(records, read_gguf(file), tokenizer, report)
+        served = _served(deployed, tokenizer, deployment.context_tokens)
+        require_same_prompts(deployment.id, wanted, tokenizer, served)
         return deployed
 
     def promote(self, deployment: Deployment) -> None:
@@ -210,7 +212,15 @@ class LlamaServerRuntime:
         """Nothing to do: the supervisor starts what the records want."""
 
     def delete(self, deployment: Deployment) -> None:
-        """Withdraw the wish and wait until the supervisor has stopped the server; the record stays."""
+        """Stop the server; the record stays."""
+        self.stop(deployment)
+
+    def stop(self, deployment: Deployment) -> None:
+        """Withdraw the wish and wait until the supervisor has stopped the server.
+
+        Raises:
+            Unavailable: It has not stopped in time.
+        """
         for record in self._deployments.list():
             if (record.id, record.target) == (deployment.id, self.target) and record.loaded:
                 self._deployments.save(replace(record, loaded=False))
@@ -233,24 +243,13 @@ def only_here(target: str) -> InvalidInput:
     )
 
 
-def _base(deployed: Deployed) -> str:
-    return deployed.endpoint.removesuffix("/v1")
-
-
-def _served(deployed: Deployed) -> Served:
+def _served(deployed: Deployed, tokenizer: Tokenizer, context_tokens: int) -> Served:
     """Return how a llama-server tells of its prompts."""
 
-    def count(messages: Sequence[Mapping[str, str]]) -> int:
-        return prompt_tokens(TARGET, deployed.endpoint, deployed.model, messages, _ANSWER_SECONDS)
+    def count(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> int:
+        return prompt_tokens(TARGET, deployed.endpoint, deployed.model, messages, tools, _ANSWER_SECONDS)
 
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
-        with reaching(TARGET, deployed.endpoint), client(_base(deployed), _ANSWER_SECONDS) as http:
-            answer = http.post("/apply-template", json={"messages": list(messages)})
-        if answer.status_code != httpx.codes.OK:
-            raise refused(TARGET, "render a prompt", answer.status_code, answer.text)
-        return str(answer.json()["prompt"])
-
-    return Served(count, render)
+    return Served(count, tokenizer.render, tokenizer.ends, context_tokens)
 
 
 def process_of(status: ServerStatus) -> psutil.Process | None:
@@ -293,7 +292,7 @@ def require_memory(
     Raises:
         ResourceExhausted: Memory does not suffice.
     """
-    cache = read_facts(file).cache_bytes(context_tokens * parallel)
+    cache = read_gguf(file).cache_bytes(context_tokens * parallel)
     need = file.stat().st_size + beside_bytes + cache + _OVERHEAD_BYTES
     free = psutil.virtual_memory().available
     if need > free:

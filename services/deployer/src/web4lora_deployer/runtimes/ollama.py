@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import web4lora_llamacpp
 from web4lora_chassis.errors import FailedPrecondition, NotFound, Unavailable, Web4Error
 from web4lora_chassis.jobs import Progress
+from web4lora_chassis.jobs.byte_progress import byte_progress
+from web4lora_chassis.model_files.gguf import GgufHeader, read_gguf
 
-from web4lora_deployer.deployments import Deployment
-from web4lora_deployer.gguf_file import GgufFacts, read_facts
+from web4lora_deployer.prompts.gate import (
+    CountDifference,
+    Difference,
+    Prompt,
+    Served,
+    compare,
+    prompts,
+    refusal,
+)
+from web4lora_deployer.prompts.go_template import GoTemplate, chat_template, go_template
+from web4lora_deployer.prompts.training_record import read_record
+from web4lora_deployer.records.deployments import Deployment
 from web4lora_deployer.runtimes.base import Deployed, Health, Report, RuntimeStatus, State
 from web4lora_deployer.runtimes.ollama_api import OllamaApi
+from web4lora_deployer.runtimes.ownership import Ownership
 from web4lora_deployer.runtimes.tokens import tokenizer_log, tokenizer_of
 from web4lora_deployer.settings import DeployerSettings
-from web4lora_deployer.template_gate import DIFFERS, Served, compare
-from web4lora_deployer.templates import GoTemplate, go_template
 
 TARGET = "ollama"
 _OLDEST = (0, 31, 2)
@@ -35,6 +47,7 @@ class OllamaRuntime:
         self._api = OllamaApi(settings.ollama)
         self._cache = settings.cache
         self._home = settings.deployer_home
+        self._own = Ownership(settings, TARGET, "Ollama", "ollama rm {}", self._api.digest)
 
     def probe(self) -> RuntimeStatus:
         """Ask for its version, and say whether that can take a quantized GGUF."""
@@ -66,23 +79,27 @@ class OllamaRuntime:
         status = self.probe()
         if not status.usable:
             raise FailedPrecondition(status.detail, reason="RUNTIME_NOT_USABLE")
-        self._upload(deployment, file, report)
-        facts = read_facts(file)
-        if facts.chat_template:
-            self._create_as_trained(deployment, facts, file, report)
+        self._own.require_ours(_named(deployment))  # said before anything is uploaded
+        if self._own.require_ours(deployment.id):  # made of the same, compared then, and not changed since
+            template = GoTemplate("", deployment.parameters.system)
+            shown = self._api.show(deployment.id)
+            check_shown(shown, model_parameters(deployment), template, deployment.parameters.license)
         else:
-            self._create(deployment, GoTemplate("", deployment.parameters.system), report)
+            self._upload(deployment, file, report)
+            with self._own.working(deployment.id, self._remove) as working:
+                self._create_as_trained(replace(deployment, id=working), read_gguf(file), file, report)
+                self._point(deployment.id, working)
         return Deployed(self._api.endpoint, deployment.id, status.version)
 
     def promote(self, deployment: Deployment) -> None:
         """Copy the candidate's manifest to the name; both then share their bytes."""
-        self._api.copy(deployment.id, deployment.name)
-        if self._api.digest(deployment.name) != self._api.digest(deployment.id):
-            raise Unavailable(f"Ollama did not point {deployment.name} at {deployment.id}.", fix="Try again.")
+        if not self._own.require_ours(deployment.id):
+            raise NotFound(f"Ollama no longer has {deployment.id}.", fix="Deploy it again.")
+        self._point(_named(deployment), deployment.id)
 
     def withdraw(self, deployment: Deployment) -> None:
-        """Delete the name; the candidates keep their own."""
-        self._api.delete(deployment.name)
+        """Delete the name if it is ours; the candidates keep their own."""
+        self._own.release(_named(deployment), self._api.delete)
 
     def health(self, deployment: Deployment) -> Health:
         """See that Ollama is there and still has the model."""
@@ -112,17 +129,21 @@ class OllamaRuntime:
 
     def delete(self, deployment: Deployment) -> None:
         """Remove the candidate; its bytes go when no other name uses them."""
-        self._api.delete(deployment.id)
+        self._own.release(deployment.id, self._api.delete)
+
+    def _point(self, name: str, model: str) -> None:
+        """Let a name stand for a model from now on."""
+        if not self._own.move(name, self._api.digest(model), lambda: self._api.copy(model, name)):
+            raise Unavailable(f"Ollama did not point {name} at {model}.", fix="Try again.")
+
+    def _remove(self, model: str) -> None:
+        """Delete a model that may be loaded."""
+        self._api.unload(model)
+        self._api.delete(model)
 
     def _upload(self, deployment: Deployment, file: Path, report: Report) -> None:
         """Bring the file in, unless Ollama has it."""
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            report(Progress(phase="upload", done=done, total=deployment.size_bytes, unit="bytes"))
-
+        advance = byte_progress(report, "upload", deployment.size_bytes)
         if self._api.has_blob(deployment.sha256):
             advance(deployment.size_bytes)
         else:
@@ -144,33 +165,49 @@ class OllamaRuntime:
         check_shown(self._api.show(deployment.id), parameters, template, deployment.parameters.license)
 
     def _create_as_trained(
-        self, deployment: Deployment, facts: GgufFacts, file: Path, report: Report
+        self, deployment: Deployment, header: GgufHeader, file: Path, report: Report
     ) -> None:
         """Create the model so that its prompts are training's: by Ollama's template, else a derived one.
 
+        It is compared with the system message that the model's own template puts in. One of the user's own is
+        given to it afterwards. A date that the template writes is that of training: what is set here stays.
+
         Raises:
-            FailedPrecondition: They differ with both.
+            FailedPrecondition: They differ with both, or could not be compared.
         """
-        own = go_template(facts)
-        system = deployment.parameters.system or (own.system if own else "")
+        records = [self._home / "models" / record for record in deployment.records]
+        then = next((found for path in records if (found := read_record(path).rendered_at)), None)
+        own = go_template(header, then)
+        default = chat_template(header).default_system(then)
         served = Served(
-            count=lambda messages: self._api.prompt_tokens(deployment.id, messages),
-            render=lambda messages: self._api.render(deployment.id, messages),
-            system=system,
+            count=lambda messages, tools: self._api.prompt_tokens(deployment.id, messages, tools),
+            render=lambda messages, tools: self._api.render(deployment.id, messages, tools),
+            ends=lambda token: tokenizer.ends(token, deployment.parameters.stop),
+            context_tokens=deployment.context_tokens,
         )
         llama = web4lora_llamacpp.ensure_built(self._cache, report)
         with tokenizer_of(llama, file, tokenizer_log(self._home, deployment.id)) as tokenizer:
-            for text in ("", own.text) if own else ("",):
-                self._create(deployment, GoTemplate(text, system), report)
-                report(Progress(phase="compare templates", message="token by token with training's"))
-                difference = compare(facts, tokenizer, served)
-                if difference is None:
-                    return
-        raise FailedPrecondition(
-            f"Ollama would not serve {deployment.id} the prompts it was trained on: {difference}",
-            fix="Deploy it to llama-server or Docker Model Runner, which use the model's own template.",
-            reason=DIFFERS,
-        )
+            wanted: list[Prompt] = []
+            for text in ("", own) if own else ("",):
+                self._create(deployment, GoTemplate(text, default), report)
+                wanted = wanted or prompts(records, header, tokenizer, report)
+                finding = compare(wanted, tokenizer, served)
+                if not isinstance(finding, Difference | CountDifference):
+                    break
+        if finding is not None:
+            raise refusal(
+                f"{deployment.id} on Ollama",
+                finding,
+                "Deploy it to llama-server or Docker Model Runner, which use the model's own template.",
+            )
+        system = deployment.parameters.system or default
+        if system != default:
+            self._create(deployment, GoTemplate(text, system), report)
+
+
+def _named(deployment: Deployment) -> str:
+    """Return the name people call, as Ollama has it."""
+    return f"{deployment.name}:latest"
 
 
 def model_parameters(deployment: Deployment) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from web4lora_chassis.errors import DataLoss, FailedPrecondition, NotFound, Web4Error
 
 from web4lora_deployer.runtimes.http import PROBE_SECONDS, client, reaching, refused
@@ -53,8 +53,8 @@ class OllamaApi:
         """Say whether a blob is there."""
         with reaching(WHAT, self.address):
             answer = self._http.head(f"/api/blobs/sha256:{sha256}")
-        if answer.status_code in (httpx.codes.OK, httpx.codes.NOT_FOUND):
-            return answer.status_code == httpx.codes.OK
+        if answer.status_code in (httpx2.codes.OK, httpx2.codes.NOT_FOUND):
+            return answer.status_code == httpx2.codes.OK
         raise refused(WHAT, "look for the model's file", answer.status_code, answer.text)
 
     def put_blob(self, sha256: str, file: Path, advance: Callable[[int], None]) -> None:
@@ -70,7 +70,7 @@ class OllamaApi:
             answer = self._http.post(
                 f"/api/blobs/sha256:{sha256}", content=_chunks(file, advance), headers=headers
             )
-        if answer.status_code in (httpx.codes.OK, httpx.codes.CREATED):
+        if answer.status_code in (httpx2.codes.OK, httpx2.codes.CREATED):
             return
         said = _said(answer)
         if "digest mismatch" in said:
@@ -91,7 +91,7 @@ class OllamaApi:
             reaching(WHAT, self.address),
             self._http.stream("POST", "/api/create", json=dict(body), timeout=_CREATE_SECONDS) as answer,
         ):
-            if answer.status_code != httpx.codes.OK:
+            if answer.status_code != httpx2.codes.OK:
                 answer.read()
                 raise _create_error(answer)
             read_create_stream(_lines(answer), say)
@@ -108,11 +108,14 @@ class OllamaApi:
         """Return the digest of a model's manifest; empty when there is no such model."""
         with reaching(WHAT, self.address):
             answer = self._http.get("/api/tags")
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             raise refused(WHAT, "list its models", answer.status_code, _said(answer))
         wanted = _full(model)
-        models: list[dict[str, Any]] = answer.json().get("models") or []
-        return next((str(entry["digest"]) for entry in models if _full(entry["name"]) == wanted), "")
+        try:
+            models = answer.json().get("models") or []
+            return next((str(entry["digest"]) for entry in models if _full(entry["name"]) == wanted), "")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise refused(WHAT, "list its models", answer.status_code, answer.text) from error
 
     def copy(self, source: str, target: str) -> None:
         """Give a model another name, which from then on means this model.
@@ -122,13 +125,21 @@ class OllamaApi:
         """
         self._json("copy the model", "/api/copy", {"source": source, "destination": target}, _CALL_SECONDS)
 
-    def render(self, model: str, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(
+        self, model: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """Return the prompt that a conversation becomes. Loads the model.
 
         Raises:
             FailedPrecondition: It doesn't tell.
         """
-        body = {"model": model, "messages": list(messages), "stream": False, "_debug_render_only": True}
+        body = {
+            "model": model,
+            "messages": list(messages),
+            "tools": list(tools),
+            "stream": False,
+            "_debug_render_only": True,
+        }
         answer = self._json("render a prompt", "/api/chat", body, _LOAD_SECONDS)
         try:
             return str(answer["_debug_info"]["rendered_template"])
@@ -139,11 +150,14 @@ class OllamaApi:
                 reason="RENDER_NOT_SHOWN",
             ) from error
 
-    def prompt_tokens(self, model: str, messages: Sequence[Mapping[str, str]]) -> int:
+    def prompt_tokens(
+        self, model: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> int:
         """Return how many tokens a conversation is for the model; it answers with one."""
         body = {
             "model": model,
             "messages": list(messages),
+            "tools": list(tools),
             "stream": False,
             "options": {"num_predict": 1, "temperature": 0},
         }
@@ -154,7 +168,7 @@ class OllamaApi:
         """Return the models in memory."""
         with reaching(WHAT, self.address):
             answer = self._http.get("/api/ps", timeout=PROBE_SECONDS * 4)
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             raise refused(WHAT, "list the models in memory", answer.status_code, _said(answer))
         return list(answer.json().get("models") or [])
 
@@ -170,15 +184,15 @@ class OllamaApi:
         """Remove a model; a missing one is no error."""
         with reaching(WHAT, self.address):
             answer = self._http.request("DELETE", "/api/delete", json={"model": model})
-        if answer.status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND):
+        if answer.status_code not in (httpx2.codes.OK, httpx2.codes.NOT_FOUND):
             raise refused(WHAT, "delete the model", answer.status_code, _said(answer))
 
     def _json(self, doing: str, path: str, body: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
         with reaching(WHAT, self.address):
-            answer = self._http.post(path, json=dict(body), timeout=httpx.Timeout(seconds, connect=5.0))
-        if answer.status_code == httpx.codes.NOT_FOUND:
+            answer = self._http.post(path, json=dict(body), timeout=httpx2.Timeout(seconds, connect=5.0))
+        if answer.status_code == httpx2.codes.NOT_FOUND:
             raise NotFound(f"Ollama could not {doing}: {_said(answer)}", fix="Deploy it again.")
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             raise refused(WHAT, doing, answer.status_code, _said(answer))
         try:
             data = answer.json() if answer.content else {}
@@ -204,18 +218,18 @@ def read_create_stream(lines: Iterable[bytes], say: Callable[[str], None]) -> No
         except ValueError:
             event = None
         if not isinstance(event, dict):
-            raise refused(WHAT, "create the model", httpx.codes.OK, f"it said {line[:200]!r}")
+            raise refused(WHAT, "create the model", httpx2.codes.OK, f"it said {line[:200]!r}")
         if "error" in event:
-            raise refused(WHAT, "create the model", httpx.codes.OK, str(event["error"]))
+            raise refused(WHAT, "create the model", httpx2.codes.OK, str(event["error"]))
         last = str(event.get("status", ""))
         say(last)
     if last != "success":
-        raise httpx.RemoteProtocolError(f'the answer ended with "{last}" in place of "success"')
+        raise httpx2.RemoteProtocolError(f'the answer ended with "{last}" in place of "success"')
 
 
-def _create_error(answer: httpx.Response) -> Web4Error:
+def _create_error(answer: httpx2.Response) -> Web4Error:
     """Say why /api/create was refused as a whole."""
-    if answer.status_code in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED, httpx.codes.GONE):
+    if answer.status_code in (httpx2.codes.NOT_FOUND, httpx2.codes.METHOD_NOT_ALLOWED, httpx2.codes.GONE):
         return FailedPrecondition(
             f"This Ollama no longer takes a GGUF by /api/create (HTTP {answer.status_code}).",
             fix="It is newer than what we know. Deploy to llama-server, or use Ollama 0.31.2 to 0.34.",
@@ -224,7 +238,7 @@ def _create_error(answer: httpx.Response) -> Web4Error:
     return refused(WHAT, "create the model", answer.status_code, _said(answer))
 
 
-def _said(answer: httpx.Response) -> str:
+def _said(answer: httpx2.Response) -> str:
     try:
         return str(answer.json()["error"])
     except (ValueError, KeyError, TypeError):
@@ -238,14 +252,14 @@ def _chunks(file: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
             advance(len(chunk))
 
 
-def _lines(answer: httpx.Response) -> Iterator[bytes]:
+def _lines(answer: httpx2.Response) -> Iterator[bytes]:
     """Yield the lines of an answer as they come, none longer than a bound."""
     rest = b""
     for piece in answer.iter_bytes():
         *lines, rest = (rest + piece).split(b"\n")
         yield from (line for line in lines if line.strip())
         if len(rest) > _LINE_LIMIT_BYTES:
-            raise httpx.RemoteProtocolError("a line longer than 1 MiB")
+            raise httpx2.RemoteProtocolError("a line longer than 1 MiB")
     if rest.strip():
         yield rest
 

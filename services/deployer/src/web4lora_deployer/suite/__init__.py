@@ -4,7 +4,16 @@
 compares models over the same prompts, and `judge` holds the figures against the budgets.
 """
 
-from web4lora_deployer.suite.budgets import Budgets, Gate, Measurements, check_budgets, judge, verdict
+from web4lora_deployer.suite.budgets import (
+    Budgets,
+    Gate,
+    Measurements,
+    State,
+    check_budgets,
+    judge,
+    state_of,
+    verdict,
+)
 from web4lora_deployer.suite.chat import Endpoint
 from web4lora_deployer.suite.load import load_suite
 from web4lora_deployer.suite.result import Answer, Latency, Reply, SuiteResult
@@ -23,6 +32,7 @@ __all__ = [
     "Prompt",
     "Reply",
     "Score",
+    "State",
     "Suite",
     "SuiteResult",
     "check_budgets",
@@ -31,5 +41,6 @@ __all__ = [
     "run_suite",
     "score_details",
     "score_suite",
+    "state_of",
     "verdict",
 ]

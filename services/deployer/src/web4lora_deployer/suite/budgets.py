@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from web4lora_chassis.errors import InvalidInput
 
 from web4lora_deployer.suite.scores import Score
 from web4lora_deployer.suite.spec import Suite
-from web4lora_deployer.suite.statistics import prompts_to_settle
+from web4lora_deployer.suite.statistics import prompts_for_drop, prompts_for_score
+
+NOT_MEASURED = "not measured"
+_TOLERANCE = 1e-7  # of percentage points: what floats add to a value that is exactly at its limit
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class Budgets:
     min_score_percent: Mapping[str, float] = field(default_factory=dict)
 
 
+class State(StrEnum):
+    """How a limit, or all of them together, came out; the names of the contract's TestState."""
+
+    PASSED = "PASSED"
+    UNDECIDED = "UNDECIDED"
+    FAILED = "FAILED"
+
+
 @dataclass(frozen=True)
 class Gate:
     """One limit and whether it was kept; see the contract's Gate.
@@ -39,17 +51,22 @@ class Gate:
         name: Name of the limit.
         limit: The limit in words.
         measured: What was measured, in words.
-        passed: Whether it was kept.
-        note: What the measurement can't tell.
-        settled: False when the interval reaches to both sides of the limit.
+        state: Passed, failed, or undecided: the interval reaches to both sides, or nothing was measured.
+        note: Why it is undecided, and what would settle it.
+        prompts_needed: How many prompts would settle it, if they go as those asked; 0: no number would.
     """
 
     name: str
     limit: str
     measured: str
-    passed: bool
+    state: State
     note: str = ""
-    settled: bool = True
+    prompts_needed: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the limit was shown to be kept."""
+        return self.state is State.PASSED
 
 
 @dataclass(frozen=True)
@@ -94,8 +111,9 @@ def check_budgets(suite: Suite, budgets: Budgets) -> None:
 def judge(scores: Sequence[Score], measured: Measurements, budgets: Budgets) -> tuple[Gate, ...]:
     """Compare what was measured with the limits.
 
-    A drop fails when it is measured above its limit. When its interval reaches beyond, a note says that so
-    few prompts can't settle it. A limit on something that was not measured is not kept.
+    A score of few prompts is known within an interval only. The limit is passed when the whole interval keeps
+    it, failed when the whole interval misses it, else undecided: by the measured value alone, two equally
+    good models would differ as a coin falls. What was not measured is undecided too.
     """
     return tuple(
         [
@@ -106,82 +124,119 @@ def judge(scores: Sequence[Score], measured: Measurements, budgets: Budgets) -> 
     )
 
 
+def state_of(gates: Sequence[Gate]) -> State:
+    """Return how all limits together came out: as the worst of them. Without limits nothing is missed."""
+    states = {gate.state for gate in gates}
+    return next((state for state in (State.FAILED, State.UNDECIDED) if state in states), State.PASSED)
+
+
 def verdict(gates: Sequence[Gate]) -> str:
     """Say in words how it went."""
-    missed = [gate for gate in gates if not gate.passed]
-    unsettled = [gate for gate in gates if not gate.settled]
-    doubt = f"; so few prompts can't settle {len(unsettled)} of them" if unsettled else ""
     if not gates:
         return "measured, with no limits to keep"
-    if not missed:
-        return ("the one limit is kept" if len(gates) == 1 else f"all {len(gates)} limits kept") + doubt
-    names = f" ({missed[0].name})" if len(missed) == 1 else ""
-    head = "usable, " if all(not gate.settled for gate in missed) else ""
-    count = "one" if len(missed) == 1 else str(len(missed))
-    return f"{head}{count} of {len(gates)} limits missed{names}{doubt}"
+    kept, undecided, missed = (
+        [gate for gate in gates if gate.state is state]
+        for state in (State.PASSED, State.UNDECIDED, State.FAILED)
+    )
+    if len(kept) == len(gates):
+        return (
+            "passed: the one limit is kept"
+            if len(gates) == 1
+            else f"passed: all {len(gates)} limits are kept"
+        )
+    open_ = f"{len(undecided)} undecided" if undecided else ""
+    if missed:
+        names = f" ({missed[0].name})" if len(missed) == 1 else ""
+        parts = [f"{len(missed)} of {len(gates)} limits missed{names}", f"{len(kept)} kept", open_]
+        return f"failed: {', '.join(filter(None, parts))}"
+    return f"undecided: no limit missed, {len(kept)} of {len(gates)} kept, {open_}"
 
 
 def _drop_gates(scores: Sequence[Score], budgets: Budgets) -> Iterator[Gate]:
     limit = budgets.max_score_drop_points
+    if limit is None:
+        return
+    words = f"at most {limit:g} points"
+    if scores and all(score.drop_points is None for score in scores):
+        note = "nothing to compare with was measured"
+        yield Gate("score drop", words, NOT_MEASURED, State.UNDECIDED, note)
     for score in scores:
-        if limit is None or score.drop_points is None:
+        if score.drop_points is None:
             continue
         low, high = score.drop_low_points or 0.0, score.drop_high_points or 0.0
-        passed = score.drop_points <= limit + 1e-9
-        settled = high <= limit if passed else low > limit
+        state = _state(high <= limit + _TOLERANCE, low > limit + _TOLERANCE)
+        note, needed = "", 0
+        if state is State.UNDECIDED:
+            changed, drop = (score.changed_percent or 0.0) / 100, score.drop_points / 100
+            needed = prompts_for_drop((changed + drop) / 2, (changed - drop) / 2, limit / 100) or 0
+            note = _undecided(score.prompts, needed)
         yield Gate(
             name=f"score drop: {score.name}",
-            limit=f"at most {limit:g} points",
+            limit=words,
             measured=f"{points(score.drop_points)} points ({points(low)} to {points(high)})",
-            passed=passed,
-            note="" if settled else _cannot_settle(score.prompts, limit, high),
-            settled=settled,
+            state=state,
+            note=note,
+            prompts_needed=needed,
         )
-
-
-def _cannot_settle(prompts: int, limit: float, high: float) -> str:
-    text = f"{prompts} prompts can't settle {limit:g} points: the interval reaches {points(high)}"
-    if limit > 0 and prompts < (needed := prompts_to_settle(limit / 100)):
-        text += f"; at least {needed} prompts are needed"
-    return text
 
 
 def _score_gates(scores: Sequence[Score], budgets: Budgets) -> Iterator[Gate]:
     by_name = {score.name: score for score in scores}
     for name, limit in budgets.min_score_percent.items():
         score = by_name.get(name)
+        words = f"at least {limit:g} %"
         if score is None:
-            yield Gate(f"score: {name}", f"at least {limit:g} %", "not measured", False)
+            yield Gate(f"score: {name}", words, NOT_MEASURED, State.UNDECIDED, "no prompt was checked for it")
             continue
         low, high = score.deployed_low_percent, score.deployed_high_percent
-        passed = score.deployed_percent >= limit - 1e-9
-        settled = low >= limit if passed else high < limit
+        state = _state(low >= limit - _TOLERANCE, high < limit - _TOLERANCE)
+        note, needed = "", 0
+        if state is State.UNDECIDED:
+            needed = prompts_for_score(score.deployed_percent / 100, limit / 100) or 0
+            note = _undecided(score.prompts, needed)
         yield Gate(
             name=f"score: {name}",
-            limit=f"at least {limit:g} %",
+            limit=words,
             measured=f"{score.deployed_percent:.1f} % ({low:.0f} to {high:.0f} %)",
-            passed=passed,
-            note="" if settled else f"{score.prompts} prompts can't settle {limit:g} %",
-            settled=settled,
+            state=state,
+            note=note,
+            prompts_needed=needed,
         )
+
+
+def _state(kept: bool, missed: bool) -> State:
+    return State.PASSED if kept else State.FAILED if missed else State.UNDECIDED
+
+
+def _undecided(prompts: int, needed: int) -> str:
+    if needed:
+        return f"{prompts} prompts can't tell; about {max(needed, prompts + 1):,} that go the same way would"
+    return f"{prompts} prompts can't tell, nor would more: it is right at the limit"
 
 
 def _other_gates(measured: Measurements, budgets: Budgets) -> Iterator[Gate]:
     if (limit := budgets.min_size_reduction) is not None:
         size = measured.size_reduction
-        words = "not measured" if size is None else f"{100 * size:.1f} % smaller"
-        passed = size is not None and size >= limit
-        yield Gate("size reduction", f"at least {100 * limit:g} % smaller than 16 bit", words, passed)
+        wanted = f"at least {100 * limit:g} % smaller than 16 bit"
+        text = None if size is None else f"{100 * size:.1f} % smaller"
+        yield _plain_gate("size reduction", wanted, text, size is not None and size >= limit)
     if (limit := budgets.min_tokens_per_second) is not None:
         speed = measured.tokens_per_second
-        words = "not measured" if speed is None else f"{speed:.1f} tokens/s"
-        passed = speed is not None and speed >= limit
-        yield Gate("generation speed", f"at least {limit:g} tokens/s", words, passed)
+        text = None if speed is None else f"{speed:.1f} tokens/s"
+        kept = speed is not None and speed >= limit
+        yield _plain_gate("generation speed", f"at least {limit:g} tokens/s", text, kept)
     if budgets.max_memory_bytes is not None:
         memory = measured.memory_bytes
-        words = "not measured" if memory is None else f"{memory / 1e9:.2f} GB"
-        passed = memory is not None and memory <= budgets.max_memory_bytes
-        yield Gate("memory", f"at most {budgets.max_memory_bytes / 1e9:g} GB", words, passed)
+        text = None if memory is None else f"{memory / 1e9:.2f} GB"
+        kept = memory is not None and memory <= budgets.max_memory_bytes
+        yield _plain_gate("memory", f"at most {budgets.max_memory_bytes / 1e9:g} GB", text, kept)
+
+
+def _plain_gate(name: str, limit: str, measured: str | None, kept: bool) -> Gate:
+    """Return the gate of a figure that is no sample's; None when it was not measured."""
+    if measured is None:
+        return Gate(name, limit, NOT_MEASURED, State.UNDECIDED, "the suite or the runtime does not tell it")
+    return Gate(name, limit, measured, _state(kept, not kept))
 
 
 def points(value: float) -> str:

@@ -61,10 +61,12 @@ def grade_end(text: str, finish_reason: str) -> Check:
 
     Args:
         text: The whole answer.
-        finish_reason: What the server says: "stop", or "length" when it was cut off.
+        finish_reason: What the server says: "stop", or where it was cut off: "length" or "time".
     """
     if finish_reason == "length":
         return check(ENDS, "never ended: cut off at max_tokens")
+    if finish_reason == "time":
+        return check(ENDS, "never ended: cut off, it took too long")
     if finish_reason != "stop":
         return check(ENDS, f'finish reason "{finish_reason}"')
     leaked = next((token for token in _TEMPLATE_TOKENS if token in text), "")

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from web4lora_chassis.errors import InvalidInput, NotFound
 
 from web4lora_deployer.suite.check import shorten
-from web4lora_deployer.suite.graders import GRADERS, Grader
+from web4lora_deployer.suite.graders import GRADERS
+from web4lora_deployer.suite.problems import Problems
+from web4lora_deployer.suite.prompts import read_prompts
 from web4lora_deployer.suite.spec import Core, LatencySpec, Prompt, RobustnessSpec, Suite
-from web4lora_deployer.suite.strict_yaml import StrictModel, parse_yaml
+from web4lora_deployer.suite.strict_yaml import StrictModel, read_yaml
 from web4lora_deployer.suite.style import RULE_NAMES, StyleRules
 from web4lora_deployer.suite.tool_call import ANY_CALL
 
 SUITE_FILE = "suite.yaml"
+_BESIDE = "Put the file beside suite.yaml, or below it."
+_SCHEMA = 'Write a JSON Schema, for example {"type": "object"}.'
 _MAX_FILE_BYTES = 64 * 2**20
 
 
@@ -93,28 +98,34 @@ def load_suite(folder: Path) -> Suite:
         The suite, every prompt checked.
 
     Raises:
-        NotFound: There is no suite.yaml, or a file that it names is missing.
-        InvalidInput: Something in a file is wrong: the message is one line with file and line.
+        NotFound: There is no suite.yaml, or nothing is wrong but that a file that it names is missing.
+        InvalidInput: Something is wrong: the message has a line a problem, with file and line, the first 20.
     """
+    problems = Problems()
     content = _Files(folder)
     path = folder / SUITE_FILE
-    spec = parse_yaml(content.read(SUITE_FILE, named_by=""), str(path), _SuiteFile)
+    document = read_yaml(content.text(SUITE_FILE, named_by=""), str(path))
+    spec: _SuiteFile | None = None
+    with problems.noted():
+        spec = document.model(_SuiteFile)
     cores: list[Core] = []
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
-    for name, core in spec.cores.items():
-        if other := next((c.name for c in cores if c.grader == core.check), ""):
-            raise InvalidInput(
-                f'{path}: cores "{other}" and "{name}" both have the check {core.check}, so their scores '
-                "would have the same name.",
-                fix="Make them one core: `prompts` may be a list of files.",
-            )
-        rules = _read_rules(content, folder, name, core)
-        schema = _read_schema(content, folder, name, core)
+    for name, core in (spec.cores if spec else _good_cores(document.data)).items():
+        with problems.noted():
+            _refuse_same_check(path, name, core, cores)
+        rules, schema = StyleRules(), None
+        with problems.noted():
+            rules = _read_rules(content, folder, name, core)
+        with problems.noted():
+            schema = _read_schema(content, folder, name, core)
         cores.append(Core(name, core.title or name, core.check, core.max_tokens, rules, schema))
         for file in [core.prompts] if isinstance(core.prompts, str) else core.prompts:
-            text = content.read(file, named_by=f"cores.{name}.prompts")
-            prompts.extend(_read_prompts(text, folder / file, name, GRADERS[core.check], seen))
+            with problems.noted():
+                place = content.path(file, named_by=f"cores.{name}.prompts")
+                prompts += read_prompts(place, folder / file, name, GRADERS[core.check], seen, problems)
+    problems.refuse_any()
+    assert spec is not None
     return Suite(
         name=spec.name,
         seed=spec.seed,
@@ -127,6 +138,25 @@ def load_suite(folder: Path) -> Suite:
         repeats=spec.repeats,
         llama_bench=spec.llama_bench,
     )
+
+
+def _good_cores(data: Any) -> dict[str, _CoreFile]:
+    """Return the cores of a wrong suite.yaml that are right by themselves, so that their files are read."""
+    found: dict[str, _CoreFile] = {}
+    cores = data.get("cores") if isinstance(data, dict) else None
+    for name, core in cores.items() if isinstance(cores, dict) else ():
+        with contextlib.suppress(ValidationError):
+            found[str(name)] = _CoreFile.model_validate(core)
+    return found
+
+
+def _refuse_same_check(path: Path, name: str, core: _CoreFile, others: Iterable[Core]) -> None:
+    if other := next((each.name for each in others if each.grader == core.check), ""):
+        raise InvalidInput(
+            f'{path}: cores "{other}" and "{name}" both have the check {core.check}, so their scores would '
+            "have the same name.",
+            fix="Make them one core: `prompts` may be a list of files.",
+        )
 
 
 def _latency(spec: _LatencyFile | None) -> LatencySpec | None:
@@ -144,24 +174,35 @@ class _Files:
         self._folder = folder
         self._digests: dict[str, str] = {}
 
-    def read(self, name: str, *, named_by: str) -> str:
+    def path(self, name: str, *, named_by: str) -> Path:
+        """Return where a file lies, which is inside the folder and not huge."""
         path = self._folder / name
         where = f"{self._folder / SUITE_FILE}: {named_by}" if named_by else str(path)
         relative = PurePosixPath(name)
+        try:
+            place, there = path.resolve(), path.is_file()
+        except (OSError, ValueError):  # no name that a file can have: too long, or with a NUL in it
+            place, there = path.absolute(), False
         if (
             relative.is_absolute()
             or ".." in relative.parts
-            or not path.resolve().is_relative_to(self._folder.resolve())
+            or not place.is_relative_to(self._folder.resolve())
         ):
-            raise InvalidInput(f"{where}: {name} is not inside the suite's folder.")
-        if not path.is_file():
-            raise NotFound(f"{where}: there is no file {name}." if named_by else f"There is no file {path}.")
+            raise InvalidInput(f"{where}: {shorten(name)} is not inside the suite's folder.", fix=_BESIDE)
+        if not there:
+            what = f"{where}: there is no file {shorten(name)}." if named_by else f"There is no file {path}."
+            raise NotFound(what, fix="Correct the path, or add the file.")
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise InvalidInput(f"{path} is larger than {_MAX_FILE_BYTES // 2**20} MiB.")
+        self._digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return path
+
+    def text(self, name: str, *, named_by: str) -> str:
+        """Return the text of a file that is no JSON Lines."""
+        path = self.path(name, named_by=named_by)
         data = path.read_bytes()
-        self._digests[name] = hashlib.sha256(data).hexdigest()
         try:
-            return data.decode("utf-8")
+            return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = data[: error.start].count(b"\n") + 1
             raise InvalidInput(f"{path}:{line}: not UTF-8.") from error
@@ -176,8 +217,8 @@ def _read_rules(content: _Files, folder: Path, name: str, core: _CoreFile) -> St
         return StyleRules()
     if core.check != "style":
         raise InvalidInput(f"{folder / SUITE_FILE}: cores.{name}.rules: only the check style has rules.")
-    text = content.read(core.rules, named_by=f"cores.{name}.rules")
-    spec = parse_yaml(text, str(folder / core.rules), _RuleFile)
+    text = content.text(core.rules, named_by=f"cores.{name}.rules")
+    spec = read_yaml(text, str(folder / core.rules)).model(_RuleFile)
     return StyleRules(
         off=frozenset(rule for rule, on in spec.rules.items() if not on),
         fence=spec.fence,
@@ -199,75 +240,13 @@ def _read_schema(content: _Files, folder: Path, name: str, core: _CoreFile) -> M
         return None
     if not core.json_schema:
         return ANY_CALL
-    text = content.read(core.json_schema, named_by=f"cores.{name}.json_schema")
+    text = content.text(core.json_schema, named_by=f"cores.{name}.json_schema")
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{folder / core.json_schema}: not JSON: {shorten(error)}.") from error
+        raise InvalidInput(
+            f"{folder / core.json_schema}: not JSON: {shorten(error)}.", fix=_SCHEMA
+        ) from error
     if not isinstance(schema, dict):
-        raise InvalidInput(f"{folder / core.json_schema}: a JSON Schema is an object.")
+        raise InvalidInput(f"{folder / core.json_schema}: a JSON Schema is an object.", fix=_SCHEMA)
     return schema
-
-
-def _read_prompts(text: str, path: Path, core: str, grader: Grader, seen: dict[str, str]) -> list[Prompt]:
-    prompts = []
-    # Not splitlines(): it also splits at signs like U+2028, which a JSON string may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        prompt = _read_row(line, where, core, grader)
-        if prompt.id in seen:
-            raise InvalidInput(
-                f'{where}: the id "{shorten(prompt.id)}" was used before, at {seen[prompt.id]}.'
-            )
-        seen[prompt.id] = where
-        prompts.append(prompt)
-    if not prompts:
-        raise InvalidInput(f"{path}: holds no prompts.")
-    return prompts
-
-
-def _read_row(line: str, where: str, core: str, grader: Grader) -> Prompt:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{where}: not JSON: {shorten(error)}.") from error
-    if not isinstance(row, dict):
-        raise InvalidInput(f"{where}: not a JSON object.")
-    if problem := _row_problem(row, core):
-        raise InvalidInput(f"{where}: {problem}.")
-    if problem := grader.validate_check(row["check"]):
-        raise InvalidInput(f"{where}: {problem}.")
-    *messages, last = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-    return Prompt(row["id"], core, tuple(messages), last["content"], row["check"])
-
-
-def _row_problem(row: Mapping[str, Any], core: str) -> str:
-    for key in ("id", "core", "messages", "check"):
-        if key not in row:
-            return f'the key "{key}" is missing'
-    if unknown := set(row) - {"id", "core", "messages", "check"}:
-        return f'unknown key "{shorten(min(unknown))}"'
-    if not isinstance(row["id"], str) or not row["id"]:
-        return "id must be a text"
-    if row["core"] != core:
-        return f"core is {shorten(json.dumps(row['core']))}, but suite.yaml has this file under {core}"
-    if not isinstance(row["check"], dict):
-        return "check must be an object"
-    return _messages_problem(row["messages"])
-
-
-def _messages_problem(messages: Any) -> str:
-    if not isinstance(messages, list) or len(messages) < 2:
-        return "messages must be a list of at least two: a question and the wanted answer"
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            return f'message {number} must have the keys "role" and "content", and no others'
-        if message["role"] not in ("system", "user", "assistant"):
-            return f"message {number}: the role {shorten(json.dumps(message['role']))} is unknown"
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            return f"message {number} has no text"
-    if messages[-1]["role"] != "assistant" or messages[-2]["role"] != "user":
-        return 'the last two messages must be from "user" and from "assistant", the wanted answer'
-    return ""

@@ -14,16 +14,17 @@ class Reply:
 
     Attributes:
         text: The whole answer.
-        finish_reason: "stop", or "length" when it was cut off at max_tokens.
+        finish_reason: "stop"; "length" when it was cut off at max_tokens, "time" when it took too long.
         prompt_tokens: Tokens of the prompt; 0 when the server doesn't tell.
-        output_tokens: Tokens of the answer.
-        first_token_seconds: From sending the request to the first piece of the answer.
+        output_tokens: Tokens of the answer, thinking included.
+        first_token_seconds: From sending the request to the first piece of the answer or of thinking.
         seconds: From sending the request to its end.
         tokens_per_second: Speed of generation; 0 when it can't be told.
         timed_by_server: Whether that speed is the server's own figure, else measured here.
         attempts: 1, and more when the request had to be repeated.
         refused: What the server said when it refused the request as such; then there is no answer.
         cached_tokens: Tokens of the prompt that the server had read before; None when it doesn't tell.
+        thought_pieces: Pieces of thinking, which is no part of `text`.
     """
 
     text: str = ""
@@ -37,6 +38,7 @@ class Reply:
     attempts: int = 1
     refused: str = ""
     cached_tokens: int | None = None
+    thought_pieces: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,13 @@ class SuiteResult:
     @property
     def retries(self) -> int:
         """Requests that had to be repeated."""
-        all_answers = (*(a for asked in self.passes for a in asked), *self.constrained, *self.robustness)
+        all_answers = (*(a for each in self.passes for a in each), *self.constrained, *self.robustness)
         return sum(answer.reply.attempts - 1 for answer in all_answers)
 
     @property
     def output_tokens(self) -> int:
         """Tokens of all answers that were given in `seconds`."""
-        return sum(answer.reply.output_tokens for asked in self.passes for answer in asked)
+        return sum(answer.reply.output_tokens for each in self.passes for answer in each)
 
     def outcomes(self, check: str) -> Mapping[str, float]:
         """Share of a prompt's answers that passed a check, by the prompt's id.
@@ -125,13 +127,13 @@ class SuiteResult:
         Prompts without that check are absent. Each prompt is asked equally often; asked once, it is 0 or 1.
         """
         passed: dict[str, list[bool]] = {}
-        for answer in (*(a for asked in self.passes for a in asked), *self.constrained):
+        for answer in (*(a for each in self.passes for a in each), *self.constrained):
             for each in answer.checks:
                 if each.name == check:
                     passed.setdefault(answer.id, []).append(each.passed)
         return {id_: sum(all_) / len(all_) for id_, all_ in passed.items()}
 
-    def asked(self, check: str) -> int:
+    def repeats_of(self, check: str) -> int:
         """How often each prompt was asked for a check."""
         first = next((a for a in self.answers if any(c.name == check for c in a.checks)), None)
         return len(self.passes) if first else 1

@@ -202,6 +202,9 @@ def _grade(suite: Suite, prompt: Prompt, reply: Reply) -> Answer:
         reason = f"the server refused the prompt: {reply.refused}"
         checks = [Check(check.name, False, reason) for check in graded] + [Check(ENDS, False, reason)]
     else:
+        if reply.thought_pieces and not reply.text.strip():
+            reason = "it thought and never came to an answer"
+            graded = [Check(check.name, False, reason) for check in graded]
         checks = [*graded, grade_end(reply.text, reply.finish_reason)]
     return Answer(prompt.id, prompt.core, reply, tuple(checks))
 
@@ -243,4 +246,6 @@ def _latency(
         if latency:
             yield latency
         else:
-            notes.append(f"no speed at {at_once} requests at once: every answer was shorter than two tokens")
+            notes.append(
+                f"no speed at {at_once} requests at once: no answer came in pieces that could be timed"
+            )

@@ -29,6 +29,7 @@ class Score:
         base_percent: Passed by the untrained base model; None when it was not run.
         lost: Prompts that the 16-bit model passed and the deployed one failed, or failed more often.
         gained: Prompts the other way round.
+        changed_percent: Answers that only one of the two passed; None without a 16-bit model.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Score:
     base_percent: float | None = None
     lost: int = 0
     gained: int = 0
+    changed_percent: float | None = None
 
 
 def score_suite(
@@ -94,7 +96,7 @@ def _score(
     if not now:
         return None
     passed, count = sum(now.values()), len(now)
-    repeats = deployed.asked(name)
+    repeats = deployed.repeats_of(name)
     own = clustered_interval(list(now.values()), repeats)
     before = reference.outcomes(name) if reference else {}
     untrained = base.outcomes(name) if base else {}
@@ -119,4 +121,5 @@ def _score(
         base_percent=100 * sum(untrained.values()) / len(untrained) if untrained else None,
         lost=lost,
         gained=gained,
+        changed_percent=100 * sum(abs(before[key] - now[key]) for key in now) / count if drop else None,
     )

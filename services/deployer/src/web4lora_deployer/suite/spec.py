@@ -19,14 +19,14 @@ class Prompt:
         id: Unique in the suite.
         core: The core it belongs to.
         messages: What is sent: role and content.
-        reference: The wanted answer; not sent.
+        expected: The wanted answer; not sent.
         check: What its grader needs.
     """
 
     id: str
     core: str
     messages: tuple[Mapping[str, str], ...]
-    reference: str
+    expected: str
     check: Mapping[str, Any]
 
     @property

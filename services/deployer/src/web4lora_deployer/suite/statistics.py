@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Z_95 = 1.959963984540054
+TOLERANCE = 1e-9
+_MOST_PROMPTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,55 @@ def tango_score(lost: float, gained: float, prompts: float, difference: float) -
     return numerator / math.sqrt(variance)
 
 
-def prompts_to_settle(drop: float) -> int:
-    """Return the fewest prompts whose interval stays within a drop (a proportion) when no answer changes."""
-    z2 = Z_95**2
-    return math.ceil(z2 / drop - z2 - 1e-9)
+def prompts_for_drop(lost: float, gained: float, limit: float) -> int | None:
+    """Return how many prompts would settle a drop, if they go as those that were asked.
+
+    Args:
+        lost: Share of the prompts that only the first model passed.
+        gained: Share that only the second one passed.
+        limit: Largest drop, a proportion.
+
+    Returns:
+        The fewest prompts whose interval lies on one side of the limit; None when no number would do.
+    """
+
+    def settled(count: int) -> bool:
+        interval = paired_difference_interval(lost * count, gained * count, count)
+        return interval.high <= limit + TOLERANCE or interval.low > limit + TOLERANCE
+
+    return _fewest(settled)
+
+
+def prompts_for_score(share: float, floor: float) -> int | None:
+    """Return how many prompts would settle a score, if they go as those that were asked.
+
+    Args:
+        share: Share of the prompts that passed.
+        floor: Lowest score, a proportion.
+
+    Returns:
+        The fewest prompts whose interval lies on one side of the floor; None when no number would do.
+    """
+
+    def settled(count: int) -> bool:
+        interval = wilson_interval(share * count, count)
+        return interval.low >= floor - TOLERANCE or interval.high < floor - TOLERANCE
+
+    return _fewest(settled)
+
+
+def _fewest(settled: Callable[[int], bool]) -> int | None:
+    """Return the smallest count from which on something holds; None above `_MOST_PROMPTS`."""
+    high = 1
+    while not settled(high):
+        high *= 2
+        if high > _MOST_PROMPTS:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if settled(middle) else (middle, high)
+    return high
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:

@@ -18,6 +18,9 @@ from tree_sitter import Language, Node, Parser
 from web4lora_deployer.suite.check import Check, check, shorten
 from web4lora_deployer.suite.style_layout import missing_semicolon, wrong_indentation
 
+# Parsing this much takes seconds; no class is as long.
+_MAX_CHARACTERS = 2**16
+
 TITLES: Mapping[str, str] = {"style.all_rules": "house style, all rules"}
 
 
@@ -90,14 +93,19 @@ def grade(text: str, expected: Mapping[str, Any], rules: StyleRules | None = Non
 
     Returns:
         style.all_rules, then style.<rule> for each rule that counts. The rules that need a class fail when
-        there is none; every rule fails on an answer without code.
+        there is none; every rule fails on an answer without code, and on one too long to be read.
     """
-    answer = _parse(text, expected, rules or StyleRules())
+    unread = ""
+    if len(text) > _MAX_CHARACTERS:
+        unread = f"{len(text):,} characters; an answer of more than {_MAX_CHARACTERS:,} is not read"
+    answer = _parse("" if unread else text, expected, rules or StyleRules())
     results: list[Check] = []
     for name, (_, rule, needs_class) in _RULES.items():
         if name in answer.rules.off:
             continue
-        if not answer.code.strip():
+        if unread:
+            reason = unread
+        elif not answer.code.strip():
             reason = "there is no code"
         elif needs_class and not answer.classes:
             reason = "there is no exported class"
@@ -106,7 +114,7 @@ def grade(text: str, expected: Mapping[str, Any], rules: StyleRules | None = Non
         results.append(check(f"style.{name}", reason))
     failed = [result for result in results if not result.passed]
     reason = "; ".join(f"{result.name.removeprefix('style.')}: {result.reason}" for result in failed)
-    return [check("style.all_rules", reason), *results]
+    return [check("style.all_rules", unread or reason), *results]
 
 
 @cache
@@ -118,14 +126,23 @@ def _parse(text: str, expected: Mapping[str, Any], rules: StyleRules) -> _Answer
     # Half of a pair of surrogates is no text that could be parsed.
     stripped = text.encode("utf-8", errors="replace").decode("utf-8").strip()
     # Also an answer with words around its block is looked at: one broken rule should not hide the others.
-    fenced = re.search(r"```[^\n]*\n(.*?)(?:\n?```|\Z)", stripped, re.DOTALL)
-    code = fenced.group(1) if fenced else stripped
+    code = _inside_fence(stripped)
     root = _parser().parse(code.encode("utf-8")).root_node
     exports = [node for node in root.named_children if node.type == "export_statement"]
     classes = [
         n for e in exports if (n := _field(e, "declaration")) and n.type in _CLASSES and not _default(e)
     ]
     return _Answer(stripped, code, root, tuple(classes), expected["class"], tuple(expected["methods"]), rules)
+
+
+def _inside_fence(text: str) -> str:
+    """Return what the first code block holds, closed or not; the whole text when there is none."""
+    fence = text.find("```")
+    begin = text.find("\n", fence) + 1 if fence >= 0 else 0
+    if not begin:
+        return text
+    end = text.find("```", begin)
+    return text[begin:] if end < 0 else text[begin:end].removesuffix("\n")
 
 
 def _field(node: Node, name: str) -> Node | None:

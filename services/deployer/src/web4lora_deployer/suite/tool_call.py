@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,12 @@ CONSTRAINED_TITLES: Mapping[str, str] = {
 }
 ANY_CALL: Mapping[str, Any] = {
     "type": "object",
-    "properties": {"tool": {"type": "string"}, "args": {"type": "object"}},
+    "properties": {"tool": {"type": "string", "minLength": 1}, "args": {"type": "object"}},
     "required": ["tool", "args"],
     "additionalProperties": False,
 }
 """The schema that every tool call fits."""
+_SHOWN_KEYS = 5
 
 
 def validate_check(expected: Mapping[str, Any]) -> str:
@@ -34,6 +36,8 @@ def validate_check(expected: Mapping[str, Any]) -> str:
         return 'check must be {"tool": NAME, "args": {…}}'
     if not isinstance(expected["tool"], str) or not isinstance(expected["args"], dict):
         return "check.tool must be a string and check.args an object"
+    if not expected["tool"].strip():
+        return "check.tool is empty; name the tool that is wanted"
     return ""
 
 
@@ -73,18 +77,22 @@ def _parse(text: str) -> tuple[dict[str, Any] | None, str]:
     """Return the call, or None and why it isn't one."""
     try:
         value = json.loads(
-            text.strip(), object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant
+            text.strip(), object_pairs_hook=_object_without_duplicates, parse_constant=refuse_constant
         )
     except RecursionError:
         return None, "nested too deeply"
     except ValueError as error:
         return None, f"not JSON: {shorten(error)}"
     if not isinstance(value, dict):
-        return None, f"JSON, but no object: {shorten(json.dumps(value))}"
+        return None, f"JSON, but no object: {_json(value)}"
     if set(value) != {"tool", "args"}:
-        return None, f"its keys are {', '.join(map(shorten, value)) or 'none'}; wanted are tool and args"
+        names = ", ".join(shorten(name) for name in list(value)[:_SHOWN_KEYS])
+        more = f" and {len(value) - _SHOWN_KEYS} more" if len(value) > _SHOWN_KEYS else ""
+        return None, f"its keys are {names or 'none'}{more}; wanted are tool and args"
     if not isinstance(value["tool"], str):
         return None, "tool is no string"
+    if not value["tool"].strip():
+        return None, "tool is empty"
     if not isinstance(value["args"], dict):
         return None, "args is no object"
     return value, ""
@@ -93,13 +101,13 @@ def _parse(text: str) -> tuple[dict[str, Any] | None, str]:
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f'the key "{shorten(twice)}" occurs twice')
     return result
 
 
-def _refuse_constant(name: str) -> Any:
+def refuse_constant(name: str) -> Any:
+    """Refuse what Python reads and JSON has not: NaN and Infinity."""
     raise ValueError(f"{name} is no JSON")
 
 
@@ -134,4 +142,7 @@ def _json_type(value: Any) -> str:
 
 
 def _json(value: Any) -> str:
-    return shorten(json.dumps(value, ensure_ascii=False), 60)
+    try:
+        return shorten(json.dumps(value, ensure_ascii=False), 60)
+    except RecursionError:  # what was just read may be nested too deeply to be written
+        return f"a deeply nested {_json_type(value)}"

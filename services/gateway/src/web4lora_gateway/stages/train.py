@@ -9,27 +9,41 @@ from __future__ import annotations
 from web4.lora.v1 import trainer_pb2
 from web4lora_chassis.rpc import ref_message
 
-from web4lora_gateway.stages.base import Inputs, Ref, Stage
+from web4lora_gateway.stages.base import Inputs, JobStage, Ref
+from web4lora_gateway.stages.prepare import Prepare
 
 
-def _spec(inputs: Inputs) -> trainer_pb2.TrainSpec:
-    return trainer_pb2.TrainSpec(
-        name=inputs.pipeline.name,
-        dataset=ref_message(inputs.pipeline.dataset),
-        base=inputs.result("prepare", trainer_pb2.PrepareResult()).base,
-        train=inputs.pipeline.train,
-    )
+class Train(JobStage[trainer_pb2.TrainSpec, trainer_pb2.TrainResult]):
+    """A train job."""
 
+    name = "train"
+    worker = "trainer"
+    lane = "train"
+    made = trainer_pb2.TrainResult
+    revision = 2  # every answer is trained up to its own end of turn; a few conversations are kept
 
-def _artifacts(result: trainer_pb2.TrainResult) -> tuple[Ref, ...]:
-    return (result.adapter,)
+    def spec(self, inputs: Inputs) -> trainer_pb2.TrainSpec:
+        """Train on the dataset from the prepared base."""
+        return trainer_pb2.TrainSpec(
+            name=inputs.pipeline.name,
+            dataset=ref_message(inputs.pipeline.dataset),
+            base=inputs.of_stage(Prepare).base,
+            train=inputs.pipeline.train,
+        )
 
+    def needs(self, inputs: Inputs) -> tuple[int, float]:
+        """Return what preparing estimated."""
+        estimate = inputs.of_stage(Prepare).estimate
+        return estimate.peak_memory_bytes, estimate.seconds
 
-STAGE = Stage(
-    name="train",
-    worker="trainer",
-    spec=_spec,
-    result=trainer_pb2.TrainResult,
-    artifacts=_artifacts,
-    files=_artifacts,
-)
+    def complete_result(self, result: trainer_pb2.TrainResult) -> bool:
+        """Tell whether all planned steps were made."""
+        return not result.ended_early
+
+    def artifacts(self, result: trainer_pb2.TrainResult) -> tuple[Ref, ...]:
+        """Return the adapter."""
+        return (result.adapter,)
+
+    def files(self, result: trainer_pb2.TrainResult) -> tuple[Ref, ...]:
+        """Return the adapter."""
+        return (result.adapter,)
