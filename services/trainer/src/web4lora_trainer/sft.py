@@ -182,7 +182,7 @@ class AnswerTrainer(SFTTrainer):
         if model.training and self._plan.device.dtype == "fp16":
             # The mean divides gradients by the step's tokens; the scale makes up for that.
             self._backward_scale = self.token_scale * float(tokens)
-            loss = ScaleGradient.apply(loss, self._backward_scale)  # type: ignore[no-untyped-call]
+            loss = ScaleGradient.apply(loss, self._backward_scale)
         return loss / tokens
 
     def _summed_loss(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -195,7 +195,7 @@ class AnswerTrainer(SFTTrainer):
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             ).last_hidden_state
             head = base.get_output_embeddings()
-            loss = AnswerLoss.apply(states[:, :-1][counted], head.weight, head.bias, labels[counted])  # type: ignore[no-untyped-call]
+            loss = AnswerLoss.apply(states[:, :-1][counted], head.weight, head.bias, labels[counted])
         return loss, int(counted.sum())
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
