@@ -18,7 +18,7 @@ from web4lora_chassis.jobs import Progress
 from web4lora_gateway import cancellations, crew, job_following, scheduler
 from web4lora_gateway.cancellations import Cancellations
 from web4lora_gateway.crew import Crew
-from web4lora_gateway.database import CANCELLATIONS, PLACES, TRAINERS, open_database
+from web4lora_gateway.database import open_database
 from web4lora_gateway.outcomes import Stopped
 from web4lora_gateway.places import Mode, Place, PlaceBook
 from web4lora_gateway.scheduler import Callbacks, Scheduler
@@ -84,6 +84,8 @@ class StandIn:
 
     async def cancel(self, job_id: str) -> jobs_pb2.Job:
         self._answer()
+        if job_id not in self.jobs:
+            raise NotFound(job_id)
         job = self.jobs[job_id]
         if job.state in (jobs_pb2.JOB_STATE_QUEUED, jobs_pb2.JOB_STATE_RUNNING):
             job.state = jobs_pb2.JOB_STATE_CANCELLED
@@ -120,9 +122,6 @@ class World:
         self.grace = grace
         self.engine = open_database(f"sqlite:///{folder / 'gateway.sqlite'}")
         sa.event.listen(self.engine, "connect", lambda raw, _: raw.execute("PRAGMA synchronous=OFF"))
-        with self.engine.begin() as connection:
-            for table in (PLACES, TRAINERS, CANCELLATIONS):  # those of the schedule before
-                connection.execute(sa.delete(table))
         self.ended: set[str] = set()
         self.told: dict[str, list[Progress]] = {}
         self.queued: dict[str, list[bool]] = {}
@@ -355,12 +354,86 @@ def test_a_gateway_killed_after_the_jobs_end_goes_straight_to_it(tmp_path: Path)
     asyncio.run(main())
 
 
+def test_a_gateway_killed_while_it_gives_work_back_does_not_end_by_its_own_cancel(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        one, two = StandIn("trainer"), StandIn("gpu-1")
+        one.held = two.held = True
+        async with world(tmp_path, one, two) as made:
+            first = asyncio.create_task(made.work("first"))
+            await until(lambda: one.jobs or two.jobs)
+            owner = one if one.jobs else two
+            gives_back, delivers = asyncio.Event(), made.schedulers[0].cancellations.deliver_one
+
+            async def killed(*of: Any) -> None:
+                await delivers(*of)
+                gives_back.set()
+                await asyncio.Event().wait()
+
+            made.schedulers[0].cancellations.deliver_one = killed  # type: ignore[method-assign, assignment]
+            await made.schedulers[0].crew.set_mode(owner.id, Mode.PAUSED)
+            await asyncio.wait_for(gives_back.wait(), 30)
+            await _stop([first])
+            await made.restart(0)
+            one.held = two.held = False
+            again = asyncio.create_task(made.work("first"))
+            await made.schedulers[0].crew.set_mode(owner.id, Mode.ACTIVE)
+            assert succeeded(await again)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ended", ["nothing", "its job"])
+def test_what_a_gateway_thought_dead_gives_back_is_found_in_line(tmp_path: Path, ended: str) -> None:
+    """It was stopped, another took its run over, and then it wrote: the work is done all the same."""
+
+    async def main() -> None:
+        one = StandIn("trainer")
+        one.held = True
+        async with world(tmp_path, one, gateways=2) as made:
+            work = asyncio.create_task(made.work("first"))
+            await until(lambda: one.jobs)
+            (place,) = await made.places()
+            back = await PlaceBook(made.engine).give_back(place, "trainer-0")
+            assert back.attempt == 2
+            if ended == "its job":
+                await until(lambda: one.jobs["trainer-0"].state == jobs_pb2.JOB_STATE_CANCELLED)
+            one.held = False
+            assert succeeded(await work)
+            assert await made.places() == []
+
+    asyncio.run(main())
+
+
+def test_a_gateway_that_was_thought_dead_ends_no_work_that_has_another_job(tmp_path: Path) -> None:
+    async def main() -> None:
+        one = StandIn("trainer")
+        one.held = True
+        async with world(tmp_path, one) as made:
+            work = asyncio.create_task(made.work("first"))
+            await until(lambda: one.jobs)
+            (place,) = await made.places()
+            await made.schedulers[0].crew.set_mode("trainer", Mode.PAUSED)
+            await until(lambda: made.last("first").message.startswith("waiting for a trainer"))
+            assert (await PlaceBook(made.engine).finish(place)).attempt == 2
+            await made.schedulers[0].crew.set_mode("trainer", Mode.ACTIVE)
+            one.held = False
+            assert succeeded(await work)
+            assert len(one.jobs) == 2
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("twenty", range(SCHEDULES // 20))
 def test_no_random_schedule_leaves_work_stuck(tmp_path: Path, twenty: int) -> None:
     """Trainers lost and back, paused, draining; runs cancelled; gateways killed: all work ends."""
     for seed in range(20 * twenty, 20 * twenty + 20):
         try:
-            asyncio.run(_schedule(random.Random(seed), tmp_path))
+            # Each has a database of its own: killed gateways of the one before may still write to theirs.
+            folder = tmp_path / str(seed)
+            folder.mkdir()
+            asyncio.run(_schedule(random.Random(seed), folder))
         except BaseException as error:
             error.add_note(f"schedule {seed}")
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 
@@ -11,7 +12,7 @@ from web4lora_chassis.errors import Unavailable, Web4Error
 
 from web4lora_gateway.database import CANCELLATIONS, Waiting, call, upsert
 from web4lora_gateway.job_following import cancel_job
-from web4lora_gateway.workers import Workers
+from web4lora_gateway.workers import Worker, Workers
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +41,24 @@ class Cancellations:
                 worker = self._workers.by_id.get(row.worker)
                 if worker is None:  # a trainer that is no longer among ours
                     continue
-                try:
-                    await cancel_job(worker, row.request_id, row.job_id)
-                except Unavailable:
-                    continue
-                except Web4Error as error:
-                    log.warning("the job of %s was not cancelled: %s", row.request_id, error.message)
-                done = sa.delete(CANCELLATIONS).where(CANCELLATIONS.c.request_id == row.request_id)
-                await call(self._engine, functools.partial(_execute, statement=done), _log)
+                with contextlib.suppress(Unavailable):
+                    await self.deliver_one(worker, row.request_id, row.job_id)
             await asyncio.sleep(_INTERVAL_SECONDS)
+
+    async def deliver_one(self, worker: Worker, request_id: str, job_id: str) -> None:
+        """Deliver a cancel that is kept, and forget it.
+
+        Raises:
+            Unavailable: The worker is out of reach; the cancel is still kept.
+        """
+        try:
+            await cancel_job(worker, request_id, job_id)
+        except Unavailable:
+            raise
+        except Web4Error as error:
+            log.warning("the job of %s was not cancelled: %s", request_id, error.message)
+        done = sa.delete(CANCELLATIONS).where(CANCELLATIONS.c.request_id == request_id)
+        await call(self._engine, functools.partial(_execute, statement=done), _log)
 
 
 async def _log(line: str) -> None:

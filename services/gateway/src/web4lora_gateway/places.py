@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import sqlalchemy as sa
 
-from web4lora_gateway.database import PLACES, Waiting, call, insert_once
+from web4lora_gateway.database import CANCELLATIONS, PLACES, Waiting, call, insert_once, upsert
 
 PRIORITIES: Mapping[str, int] = {"low": -1, "normal": 0, "high": 1}
 """What comes first, by the words of the contract's Priority."""
@@ -284,20 +285,37 @@ class PlaceBook:
         except sa.exc.IntegrityError:
             return None
 
-    async def give_back(self, place: Place) -> Place:
-        """Put work whose worker does not go on back to where it was in the line; its next job is another."""
-        attempt = place.attempt + 1
-        back = dataclasses.replace(place, turn=None, began_at=0.0, attempt=attempt, done=False)
-        await self._execute(
-            sa.update(PLACES)
-            .where(PLACES.c.work == place.work, PLACES.c.attempt == place.attempt)
-            .values(turn=None, began_at=0.0, attempt=back.attempt, done=False)
-        )
-        return back
+    async def give_back(self, place: Place, job_id: str = "") -> Place:
+        """Put work whose worker does not go on back to where it was in the line; its next job is another.
 
-    async def finish(self, place: Place) -> None:
-        """Leave a line: the job has ended, or is wanted no more. Who asks again goes straight to that job."""
-        await self._execute(sa.update(PLACES).where(PLACES.c.work == place.work).values(turn=None, done=True))
+        The cancel of the job that it had is kept with it, for `Cancellations` to deliver.
+
+        Args:
+            place: The place as it was at that worker.
+            job_id: The job there, where it is known.
+
+        Returns:
+            The place as it is in the line now.
+        """
+        back = {"turn": None, "began_at": 0.0, "attempt": place.attempt + 1, "done": False}
+        cancel = {"worker": place.worker, "request_id": place.request_id, "job_id": job_id}
+
+        def work(connection: sa.Connection) -> Place:
+            if place.turn is not None:
+                upsert(connection, CANCELLATIONS, cancel)
+            return _change(connection, place, back)
+
+        return await call(self._engine, work, _patient)
+
+    async def finish(self, place: Place) -> Place:
+        """Leave a line: the job has ended, or is wanted no more. Who asks again goes straight to that job.
+
+        Returns:
+            The place as it is now: still in line where its work has another job by now, because a gateway
+            that was thought dead gave it back.
+        """
+        left = {"turn": None, "done": True}
+        return await call(self._engine, lambda connection: _change(connection, place, left), _patient)
 
     async def forget(self, run_ids: Iterable[str]) -> None:
         """Forget the places of runs that have ended."""
@@ -315,6 +333,14 @@ class PlaceBook:
             return int(connection.execute(statement).rowcount)
 
         return await call(self._engine, work, _patient)
+
+
+def _change(connection: sa.Connection, place: Place, values: dict[str, Any]) -> Place:
+    """Change a place that has no other job yet, and return it as it is now."""
+    same = (PLACES.c.work == place.work, PLACES.c.attempt == place.attempt)
+    connection.execute(sa.update(PLACES).where(*same).values(**values))
+    found = connection.execute(sa.select(PLACES).where(PLACES.c.work == place.work)).one_or_none()
+    return Place(**found._mapping) if found else dataclasses.replace(place, **values)
 
 
 async def _patient(_line: str) -> None:

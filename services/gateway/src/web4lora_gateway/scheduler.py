@@ -128,7 +128,7 @@ class Scheduler:
         cancelled, told = here.callbacks.cancelled, False
         here.waits_for = None
         self._news.set()
-        while here.place.turn is None:
+        while here.place.turn is None and not here.place.done:
             await race(here.news.wait(), cancelled)
             here.news.clear()
             if here.place.turn is None and here.waits_for is not None:
@@ -170,7 +170,14 @@ class Scheduler:
             raise
         finally:
             watch.cancel()
-        await self.places.finish(place)
+        now = await self.places.finish(place)
+        if (
+            now.attempt != place.attempt
+        ):  # given back by a gateway that died: its cancel may be what ended the job
+            if job.state == jobs_pb2.JOB_STATE_CANCELLED:
+                here.place = now
+                return None
+            await self.places.finish(now)
         self._took[place.kind, place.lane] = time.time() - place.began_at
         return job
 
@@ -178,8 +185,13 @@ class Scheduler:
         """Take work from a worker that is lost or paused; its job is cancelled, now or once that is back."""
         before = here.place
         await here.callbacks.say(here.reason)
-        await self._cancel(before, job_id)
-        here.place = await self.places.give_back(before)
+        # Given back first, with its cancel: a gateway that is killed in between must not take the job that it
+        # cancelled itself for the work's end when it is back.
+        here.place = await self.places.give_back(before, job_id)
+        worker = self.workers.by_id.get(before.worker)
+        if worker is not None and before.turn is not None:
+            with contextlib.suppress(Unavailable):
+                await self.cancellations.deliver_one(worker, before.request_id, job_id)
         here.reason = ""
 
     async def _cancel(self, place: Place, job_id: str = "") -> str:
@@ -227,13 +239,16 @@ class Scheduler:
             taken = await self.places.take(place, worker.id)
             if taken is not None:
                 places[place.work] = taken
-        for here in self._here.values():
+        for here in list(self._here.values()):
             found = places.get(here.place.work)
-            if found is None or found.turn is None or found.attempt != here.place.attempt:
+            if here.place.turn is None and not here.place.done:
+                # What the line says counts: a gateway that died may have written last.
+                found = found or await self.places.enter(here.place)
+                if found.turn is not None or found.done or found.attempt != here.place.attempt:
+                    here.place = found
+                    here.news.set()
+            elif found is None or found.turn is None or found.attempt != here.place.attempt:
                 continue
-            if here.place.turn is None:
-                here.place = found
-                here.news.set()
             elif reason := line().must_leave(found):
                 here.reason = reason
                 here.stop.set()
