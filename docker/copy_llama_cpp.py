@@ -6,6 +6,7 @@ and LICENSE.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ _CONVERTER = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", 
 def main() -> None:
     """Run the command."""
     cache, target = (Path(argument) for argument in sys.argv[1:])
+    os.umask(0o022)  # the image's user is another: what is made here is for all to read, whoever makes it
     found = web4lora_llamacpp.find(cache)
     if found is None:
         raise SystemExit(f"There is no llama.cpp in {cache}.")

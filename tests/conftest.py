@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def _settings_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         if name != "cache":
             monkeypatch.delenv(f"{PREFIX}{name.upper()}", raising=False)
             monkeypatch.delenv(f"{PREFIX}{name.upper()}_FILE", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    """What a service closes to other users stays closed in its own test alone."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

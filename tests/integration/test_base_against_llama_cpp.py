@@ -76,6 +76,15 @@ def test_an_answer_that_llama_cpp_would_cut_short_is_named(
     assert str(problem).startswith("a.jsonl:2: message 2 holds <|endoftext|>, at which")
 
 
+def test_ends_that_llama_cpp_does_not_tell_are_not_taken_for_none(tmp_path: Path) -> None:
+    """What writes its log may be cut off: no answer must not pass for "it ends nowhere"."""
+    silent = tmp_path / "llama-tokenize"
+    silent.write_text("#!/bin/sh\necho 'print_info: EOG token = 2 x'\n")
+    silent.chmod(0o755)
+    with pytest.raises(FailedPrecondition, match="does not say at which tokens"):
+        llama_ends(silent, tmp_path / "vocabulary.gguf")
+
+
 def test_blanks_that_special_tokens_eat_are_named(base: Path, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     data = json.loads((base / "tokenizer.json").read_text())
     for entry in data["added_tokens"]:

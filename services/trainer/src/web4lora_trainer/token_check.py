@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ MOST_TEXTS = 16
 _TIMEOUT_SECONDS = 300.0
 _CONTEXT = 24
 _END = re.compile(r"EOG token\s+= (\d+) ")
+_LAST_OF_VOCABULARY = "max token length"
 _EATEN = "and eaten by the base's tokenizer"
 
 
@@ -83,10 +85,35 @@ def llama_tokenize(program: Path, gguf: Path) -> Tokenize:
 
 
 def llama_ends(program: Path, gguf: Path) -> frozenset[int]:
-    """Return the tokens at which llama.cpp ends every answer: eos, and what it takes for one by its name."""
-    command: list[str | Path] = [program, "-m", gguf, "-p", "a", "--ids", "--verbosity", "4"]
-    output = process.run(command, env={"LC_ALL": "C.UTF-8"}, timeout_seconds=_TIMEOUT_SECONDS)
-    return frozenset(int(number) for number in _END.findall(output))
+    """Return the tokens at which llama.cpp ends every answer: eos, and what it takes for one by its name.
+
+    They are in the log alone, and a thread writes that which the program doesn't wait for at its end. So it is
+    read while the program waits for its input, up to the vocabulary's last line.
+
+    Raises:
+        FailedPrecondition: That line never came: the ends are not known, which is not the same as none.
+    """
+    command: list[str | Path] = [program, "-m", gguf, "--stdin", "--ids", "--verbosity", "4"]
+    child = process.start(command, stdin=subprocess.PIPE, env={"LC_ALL": "C.UTF-8"})
+    limit = threading.Timer(_TIMEOUT_SECONDS, child.kill)
+    limit.start()
+    ends: set[int] = set()
+    try:
+        for line in child.stdout or ():
+            text = line.decode("utf-8", errors="replace")
+            ends.update(int(number) for number in _END.findall(text))
+            if _LAST_OF_VOCABULARY in text:
+                return frozenset(ends)
+    finally:
+        limit.cancel()
+        child.kill()
+        child.communicate()
+    raise FailedPrecondition(
+        "llama.cpp does not say at which tokens it ends answers.",
+        fix="Take tokenizer.json as the model's makers publish it, or choose another base model.",
+        reason="BASE_NOT_CONVERTIBLE",
+        metadata={"field": "base.model"},
+    )
 
 
 def cut_answers(
