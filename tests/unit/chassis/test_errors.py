@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from web4lora_chassis.errors import InvalidInput, shown
+import errno
+import tempfile
+from pathlib import Path
+
+import pytest
+from web4lora_chassis.errors import InvalidInput, disk_error, no_room, shown
 
 
 def test_what_came_from_outside_can_be_printed_and_sent() -> None:
@@ -30,3 +35,20 @@ def test_data_nested_too_deeply_to_be_written_has_a_name() -> None:
     for _ in range(100_000):
         nested = [nested]
     assert shown(nested) == "<list>"
+
+
+def test_no_folder_for_what_is_temporary_means_that_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tempfile` calls it FileNotFoundError: nothing that was looked for is missing."""
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile._os, "open", full)
+    with pytest.raises(FileNotFoundError) as caught:
+        tempfile.gettempdir()
+    assert no_room(caught.value)
+    assert disk_error(caught.value, tmp_path).reason == "DISK_FULL"
+    assert not no_room(FileNotFoundError(errno.ENOENT, "No such file or directory", "x"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,20 @@ def test_no_room_for_the_copies_is_an_error_that_is_waited_for(store, tmp_path, 
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(ResourceExhausted, match="disk is full"):
         folder.publish()
+
+
+def test_publishing_needs_no_folder_of_the_systems(store, tmp_path, monkeypatch):
+    """That may be full, or none be found that isn't; a run's own disk is the one that is waited for."""
+    folder = RunFolder(RUN, store, tmp_path / "outputs", tmp_path / "state")
+    folder.begin()
+    folder.log("started")
+
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    folder.publish()
+    assert "logs/run.log" in store.published(RUN)
 
 
 def test_latest_leads_to_the_newest_run(store, tmp_path):

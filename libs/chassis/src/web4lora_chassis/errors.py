@@ -153,9 +153,21 @@ class Internal(Web4Error):
     default_reason = "INTERNAL"
 
 
+def no_room(error: BaseException) -> bool:
+    """Tell whether an error means that a disk is full.
+
+    `tempfile` looks for a folder that it can write to, and where all are full it says that it found none.
+    """
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (
+        isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error)
+    )
+
+
 def disk_error(error: OSError, place: Path) -> Web4Error:
     """Return what a failed write or link at a place means for people."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if no_room(error):
         return ResourceExhausted(
             f"The disk is full: {place} could not be written.",
             fix="Free disk space, then try again.",

@@ -40,6 +40,7 @@ class RunFolder:
         self._run_id = run_id
         self._store = store
         self._outputs_dir = outputs_dir
+        self._state_dir = state_dir
         self.path = (outputs_dir or state_dir / "runs") / run_id
 
     def begin(self) -> None:
@@ -97,7 +98,8 @@ class RunFolder:
         """
         # Copies: the store may link what it is given and make it read-only, and these still change.
         try:
-            with tempfile.TemporaryDirectory(prefix="web4lora-") as name:
+            self._state_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".publish-", dir=self._state_dir) as name:
                 copies = {path: Path(name) / Path(path).name for path in (LOG, FACTS)}
                 files = {path: self.path / path for path in _PUBLISHED if (self.path / path).is_file()}
                 for path, copy in copies.items():
@@ -106,7 +108,7 @@ class RunFolder:
                         files[path] = copy
                 self._store.publish(self._run_id, files)
         except OSError as error:
-            raise disk_error(error, Path(tempfile.gettempdir())) from error
+            raise disk_error(error, self._state_dir) from error
 
 
 def taken(run_id: str, store: ArtifactStore, outputs_dir: Path | None) -> bool:

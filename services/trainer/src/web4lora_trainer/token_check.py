@@ -87,8 +87,8 @@ def llama_tokenize(program: Path, gguf: Path) -> Tokenize:
 def llama_ends(program: Path, gguf: Path) -> frozenset[int]:
     """Return the tokens at which llama.cpp ends every answer: eos, and what it takes for one by its name.
 
-    They are in the log alone, and a thread writes that which the program doesn't wait for at its end. So it is
-    read while the program waits for its input, up to the vocabulary's last line.
+    They are in the log alone, and a thread writes that which the program doesn't wait for at its end. So it
+    is read while the program waits for its input, up to the vocabulary's last line.
 
     Raises:
         FailedPrecondition: That line never came: the ends are not known, which is not the same as none.

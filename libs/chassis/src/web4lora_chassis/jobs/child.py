@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from web4lora_chassis.errors import OutOfMemory, Web4Error
+from web4lora_chassis.errors import OutOfMemory, Web4Error, disk_error, no_room
 from web4lora_chassis.jobs.record import (
     END_EARLY_FILE,
     LESS_MEMORY,
@@ -170,6 +170,8 @@ def _failure(error: Exception, log_path: Path) -> JobFailure:
         return JobFailure.of(error)
     if isinstance(error, MemoryError):
         return JobFailure.of(OutOfMemory("Memory ran out.", fix=LESS_MEMORY))
+    if isinstance(error, OSError) and no_room(error):
+        return JobFailure.of(disk_error(error, Path(error.filename or log_path.parent)))
     # Its text, which may hold paths or data, is in the log alone.
     return JobFailure(
         "INTERNAL",
