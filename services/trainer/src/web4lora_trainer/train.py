@@ -98,6 +98,7 @@ def train(
     report: Report,
     memory_failures: int = 0,
     end_early: Callable[[], bool] = lambda: False,
+    rates: Path | None = None,
 ) -> TrainOutcome:
     """Train an adapter; goes on from the last checkpoint in `work_dir` when there is one.
 
@@ -109,6 +110,7 @@ def train(
         report: Called after every step and at the start of each phase.
         memory_failures: How often memory ran out before, for all that the caller can tell.
         end_early: Asked after every step: whether to end there, and export what there is.
+        rates: Where measured speeds are kept; see `choose_device`.
 
     Returns:
         What was made; its files lie in `work_dir/output`.
@@ -137,7 +139,7 @@ def train(
         plan = None
     if plan is None:
         _clear(work_dir, file)
-    device = plan.device if plan else choose_device(decoder.layer_shapes, settings.dtype)
+    device = plan.device if plan else choose_device(decoder.layer_shapes, settings.dtype, "auto", rates)
     measured = sampled(rows, held_out, settings, device)
     while True:
         if plan is None:

@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from web4.lora.v1 import trainer_pb2
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, open_store
@@ -24,12 +25,13 @@ from web4lora_trainer.base_check import context_tokens
 from web4lora_trainer.base_model import BaseModel, resolve
 from web4lora_trainer.beside import other_jobs, yield_memory
 from web4lora_trainer.prepare import Converter, Preparation, check_settings, prepare
-from web4lora_trainer.progress import TrainProgress
-from web4lora_trainer.rehearsal import rehearse
+from web4lora_trainer.rehearsal import Rehearser
 from web4lora_trainer.service import tool_versions
 from web4lora_trainer.specs import checked_ref, settings_of
-from web4lora_trainer.train import Base, train
 from web4lora_trainer.trainings import Training
+
+if TYPE_CHECKING:
+    from web4lora_trainer.progress import TrainProgress
 
 _CREATED_BY = "trainer"
 
@@ -50,11 +52,17 @@ def run_prepare(spec: trainer_pb2.PrepareSpec, context: JobContext) -> trainer_p
     )
     context.report(Progress(phase="check base model", message="against itself, and against llama.cpp"))
     train_settings = settings_of(spec.train)
-    check_settings(train_settings, base.decoder.folder, spec.context_tokens)  # before llama.cpp is fetched
-    found = prepare(
-        train_settings, dataset, base.decoder.folder,
-        _converter(settings, context), base.name, context.work_dir, base.licence, other_jobs, rehearse,
-    )  # fmt: skip
+    with Rehearser() as rehearser:
+        if not other_jobs():
+            rehearser.start()  # its libraries load meanwhile
+        check_settings(
+            train_settings, base.decoder.folder, spec.context_tokens
+        )  # before llama.cpp is fetched
+        found = prepare(
+            train_settings, dataset, base.decoder.folder,
+            _converter(settings, context), base.name, context.work_dir, base.licence, other_jobs, rehearser,
+            _rates(settings),
+        )  # fmt: skip
     ref = _store_base(store, base, context)
     return _prepare_result(ref, dataset, found)
 
@@ -67,7 +75,12 @@ def _converter(settings: Settings, context: JobContext) -> Converter | None:
         context.report(Progress(phase="check base model", message=error.message))
         return None
     llama = find(settings.cache)
-    return Converter(source, llama.tokenize if llama else None)
+    return Converter(source, llama.tokenize if llama else None, settings.cache / "vocabularies")
+
+
+def _rates(settings: Settings) -> Path:
+    """Return where measured speeds are kept."""
+    return settings.cache / "speeds"
 
 
 def _store_base(store: ArtifactStore, base: BaseModel, context: JobContext) -> ArtifactRef:
@@ -116,6 +129,8 @@ def _prepare_result(ref: ArtifactRef, dataset: Dataset, found: Preparation) -> t
 def run_train(spec: trainer_pb2.TrainSpec, context: JobContext) -> trainer_pb2.TrainResult:
     """Train, going on from the last checkpoint of this or an earlier job, and store the adapter."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # all there is to read lies on this machine
+    from web4lora_trainer.train import Base, train  # its libraries take seconds; a prepare needs few of them
+
     settings = load(Settings)
     store = open_store(settings)
     dataset_ref, base_ref = checked_ref(spec.dataset, "dataset"), checked_ref(spec.base, "base_model")
@@ -133,7 +148,7 @@ def run_train(spec: trainer_pb2.TrainSpec, context: JobContext) -> trainer_pb2.T
     with training.open() as work_dir:
         outcome = train(
             train_settings, dataset, base, work_dir, lambda progress: context.report(_progress(progress)),
-            memory_failures=context.memory_failures, end_early=context.end_early,
+            memory_failures=context.memory_failures, end_early=context.end_early, rates=_rates(settings),
         )  # fmt: skip
         context.report(Progress(phase="store adapter"))
         adapter = store.put(
