@@ -162,6 +162,7 @@ def _child(pipe: Connection) -> None:
     except EOFError:  # nothing to rehearse
         return
     plan, rung, settings, decoder, batches = work
+    settings = replace(settings, report_to=())
 
     class Clock(TrainerCallback):
         """Times every step, and ends the rehearsal when enough is known."""
