@@ -14,7 +14,7 @@ from web4lora_trainer.base_model import load_tokenizer
 from web4lora_trainer.decoder import read_decoder
 from web4lora_trainer.encoding import encode_rows
 from web4lora_trainer.token_check import TrainedText, compare_tokens, cut_answers, llama_ends, llama_tokenize
-from web4lora_trainer.vocabulary import write_vocabulary
+from web4lora_trainer.vocabulary import kept_vocabulary, write_vocabulary
 
 from tests.tiny_base import make_base, make_tokenizer
 
@@ -59,6 +59,27 @@ def test_the_same_tokens_pass_and_any_other_is_named(base: Path, llama_cpp: Llam
         compare_tokens([replace(text, ids=(1, *text.ids))], tokenize, tokenizer)
     with pytest.raises(FailedPrecondition, match="no conversation to compare"):
         compare_tokens([], tokenize, tokenizer)
+
+
+def test_a_vocabulary_is_made_once_for_a_base_and_anew_for_another_tokenizer(
+    base: Path, llama_cpp: LlamaCpp, tmp_path: Path
+) -> None:
+    kept, calls = tmp_path / "kept", tmp_path / "work" / "converter.log"
+
+    def make(source: Path, name: str = "tiny") -> bytes:
+        return kept_vocabulary(source, read_decoder(base), name, calls.parent, kept).read_bytes()
+
+    calls.parent.mkdir()
+    first = make(llama_cpp.source)
+    assert first == vocabulary(base, llama_cpp, tmp_path).read_bytes()
+    assert make(tmp_path / "no source") == first
+    with pytest.raises(FailedPrecondition):
+        make(tmp_path / "no source", "other")
+    edit(base / "tokenizer_config.json", add_bos_token=True)
+    with pytest.raises(FailedPrecondition):
+        make(tmp_path / "no source")
+    assert make(llama_cpp.source) != first
+    assert len(list(kept.iterdir())) == 2
 
 
 def test_an_answer_that_llama_cpp_would_cut_short_is_named(

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 from web4.lora.v1 import jobs_pb2, jobs_pb2_grpc, trainer_pb2, trainer_pb2_grpc
 from web4lora_chassis.artifacts import ArtifactStore, open_store
 from web4lora_chassis.errors import AlreadyExists, InvalidInput
@@ -243,6 +245,43 @@ def test_prepare_and_train_give_an_adapter_in_the_store(
     refused = error_of(caught.value)
     assert isinstance(refused, InvalidInput)
     assert refused.metadata["field"] == "train.learning_rate"
+
+
+def test_a_training_goes_on_from_an_adapter_of_the_same_base_and_shape(
+    service: Service, dataset: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = prepared_base(service, dataset, tiny_base).base
+    spec = trainer_pb2.TrainSpec(name="colours", dataset=dataset, base=base, train=TRAIN)
+    first = follow(service, create(service, "first", train=spec))[-1].result.train.adapter
+
+    setattr(spec.train, "from", first.digest)
+    last = follow(service, create(service, "second", train=spec))[-1]
+    assert last.state == jobs_pb2.JOB_STATE_SUCCEEDED, last.error
+    manifest = service.store.manifest(ref_of(last.result.train.adapter))
+    assert [ref.digest for ref in manifest.inputs] == [dataset.digest, base.digest, first.digest]
+    assert json.loads(manifest.parameters["start_from"]) == first.digest
+
+    other = shutil.copytree(tiny_base, tmp_path / "other-llama")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+
+    def prepare(name: str, folder: Path) -> Any:
+        wanted = trainer_pb2.BaseModelSpec(model=str(folder))
+        asked = trainer_pb2.PrepareSpec(dataset=dataset, base=wanted, train=spec.train)
+        return follow(service, create(service, name, prepare=asked))[-1]
+
+    refused = prepare("another base", other)
+    assert refused.state == jobs_pb2.JOB_STATE_FAILED
+    assert "train.from: adapter/colours@" in refused.error.message
+    assert "was trained on base_model/tiny-llama@" in refused.error.message
+    spec.train.lora.rank = 8
+    refused = prepare("another rank", tiny_base)
+    assert refused.error.message.startswith("train.lora.rank: 8 is not 4, with which adapter/colours@")
+    setattr(spec.train, "from", "run_2026-01-01_1")
+    with pytest.raises(grpc.RpcError) as caught:
+        create(service, "run", train=spec)
+    assert error_of(caught.value).metadata["field"] == "train.from"
 
 
 def test_bad_data_fails_before_anything_is_loaded(service: Service, tiny_base: Path, tmp_path: Path) -> None:

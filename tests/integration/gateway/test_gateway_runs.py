@@ -201,6 +201,31 @@ def test_run_ids_avoid_folders_that_are_there(stack):
     assert stack.create().id == f"{day}_3"
 
 
+def test_a_run_goes_on_from_the_adapter_of_another(stack, states, stage):
+    stack.start()
+    first = stack.finish(stack.create().id)
+    adapter = stage(first, "train").train_result.adapter
+    for named in (first.id, adapter.digest[:12]):
+        made = stack.create(stack.pipeline(**{"from": named}))
+        assert getattr(made.pipeline.train, "from") == adapter.digest
+        made = stack.finish(made.id)
+    assert states(made)[:2] == ["REUSED", "REUSED"], "two names of the same"
+    facts = json.loads((stack.outputs / made.id / "run.json").read_text())
+    assert facts["train"]["from_adapter_digest"] == adapter.digest
+
+    other = stack.pipeline(**{"from": first.id})
+    other.train.lora.rank = 8
+    with pytest.raises(grpc.RpcError) as raised:
+        stack.create(other)
+    error = error_of(raised.value)
+    assert error.metadata["field"] == "train.lora.rank\ntrain.lora.alpha"
+    assert "8 is not 16, with which adapter/" in error.message
+    for unknown in ("run_2020-01-01_1", "0" * 64):
+        with pytest.raises(grpc.RpcError) as raised:
+            stack.create(stack.pipeline(**{"from": unknown}))
+        assert isinstance(error_of(raised.value), NotFound)
+
+
 def test_bad_requests_are_refused_by_name(stack):
     stack.start()
     wrong = stack.pipeline(learning_rate=-1.0)

@@ -256,3 +256,16 @@ def test_several_lines_of_a_service_are_traced() -> None:
     file = read(GOOD + "train:\n  epochs: 1\n  seed: 2\n")
     error = InvalidInput("a.\nb.\n… and 1 more", metadata={"field": "train.epochs\ntrain.seed"})
     assert file.located(error).message == "demo.yaml:7: a.\ndemo.yaml:8: b.\n… and 1 more"
+
+
+@pytest.mark.parametrize("named", ["run_2026-05-04_1", "latest", "0123456789ab", "a" * 64, "123456789012"])
+def test_what_to_go_on_from_is_a_run_or_a_digest(named: str) -> None:
+    train = read(GOOD + f"train: {{from: {named}}}\n").pipeline.train
+    assert getattr(train, "from") == named
+
+
+@pytest.mark.parametrize("named", ["web4-demo", "0123", "A" * 64, "../x"])
+def test_anything_else_to_go_on_from_is_refused_with_its_line(named: str) -> None:
+    (line,) = problems(GOOD + f"train:\n  from: {named}\n")
+    assert line.startswith("demo.yaml:7: train.from: ")
+    assert "is not the id of a run or the digest of an adapter" in line

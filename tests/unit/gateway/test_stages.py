@@ -198,6 +198,21 @@ def test_a_run_without_a_target_goes_where_the_deployer_is_set_to(asked, setting
     assert spec.deploy.target == goes_to
 
 
+def test_what_an_adapter_begins_with_decides_a_training_and_who_is_told_of_it_does_not():
+    keys = {}
+    for name, value in (("plain", ""), ("report_to", "tensorboard"), ("from", "9" * 64), ("from", "8" * 64)):
+        given = inputs(prepare=PREPARED)
+        if name == "report_to":
+            given.pipeline.train.report_to.append(value)
+        elif value:
+            setattr(given.pipeline.train, name, value)
+        spec = Train().spec(given)
+        assert list(spec.train.report_to) == ([value] if name == "report_to" else [])
+        keys[name + value] = Train().key(given, spec, {})
+    assert keys["plain"] == keys["report_totensorboard"]
+    assert len(set(keys.values())) == 3
+
+
 def test_a_jobs_end_is_the_stages_outcome():
     done = jobs_pb2.Job(id="train-1", state=jobs_pb2.JOB_STATE_SUCCEEDED)
     done.result.train.steps = 7

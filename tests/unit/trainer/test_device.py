@@ -42,6 +42,31 @@ def test_a_format_asked_for_is_kept_and_measured() -> None:
     assert device.flops_per_second > 0
 
 
+def test_what_was_measured_once_is_kept_for_this_processor_and_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def rate(device: Device, shapes: object, _: float = 0.0) -> float:
+        measured.append((device.dtype, shapes))
+        return {"fp32": 1e9, "bf16": 3e9}[device.dtype] * len(measured)
+
+    monkeypatch.setattr("web4lora_trainer.device._rate", rate)
+    first = choose_device(SHAPES, kind="cpu", rates=tmp_path / "speeds")
+    assert len(measured) == 2
+    assert choose_device(SHAPES, kind="cpu", rates=tmp_path / "speeds") == first
+    assert len(measured) == 2
+    choose_device([(32, 64)], kind="cpu", rates=tmp_path / "speeds")  # another model's layers
+    assert len(measured) == 4
+    monkeypatch.setattr("web4lora_trainer.device._processor", lambda: "another processor")
+    assert choose_device(SHAPES, kind="cpu", rates=tmp_path / "speeds") != first
+    assert len(measured) == 6
+    for path in (tmp_path / "speeds").iterdir():
+        path.write_text("{", encoding="utf-8")  # a power cut
+    choose_device(SHAPES, kind="cpu", rates=tmp_path / "speeds")
+    assert len(measured) == 8
+
+
 def test_short_rows_on_a_cpu_take_plain_attention_and_mps_never_does() -> None:
     cpu, mps = Device("cpu", "cpu", "fp32", 2), Device("mps", "M2", "fp16", 8)
     assert cpu.attention(300) == "eager"

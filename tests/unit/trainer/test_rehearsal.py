@@ -7,11 +7,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from web4lora_chassis.dataset import Dataset
 from web4lora_trainer import rehearsal
 from web4lora_trainer.prepare import prepare
-from web4lora_trainer.rehearsal import Rehearsal, rehearse
+from web4lora_trainer.rehearsal import Rehearsal, Rehearser
 
 from tests.unit.trainer.test_train import SETTINGS, rows
 
@@ -19,14 +20,17 @@ from tests.unit.trainer.test_train import SETTINGS, rows
 def test_prepare_tells_what_a_rehearsal_measured(tiny_base: Path) -> None:
     seen: list[Rehearsal] = []
 
-    def watched(*args: Any) -> Rehearsal | None:
-        found = rehearse(*args)
-        assert found is not None
-        seen.append(found)
-        return found
+    class Watched(Rehearser):
+        def __call__(self, *args: Any) -> Rehearsal | None:
+            found = super().__call__(*args)
+            assert found is not None
+            seen.append(found)
+            return found
 
     data = Dataset(rows(18), rows(5, 100), ())
-    found = prepare(SETTINGS, data, tiny_base, rehearse=watched)
+    with Watched() as watched:
+        watched.start()
+        found = prepare(SETTINGS, data, tiny_base, rehearser=watched)
     [own] = seen
     assert found.estimate.rehearsed
     assert found.estimate.peak_memory_bytes == own.peak_memory_bytes + 113 * found.train.tokens
@@ -44,7 +48,8 @@ def test_a_rehearsal_that_is_killed_is_said_and_stops_nothing(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rehearsal, "_child", killed)
-    found = prepare(SETTINGS, Dataset(rows(18), (), ()), tiny_base, rehearse=rehearse)
+    with Rehearser() as rehearser:
+        found = prepare(SETTINGS, Dataset(rows(18), (), ()), tiny_base, rehearser=rehearser)
     assert not found.estimate.rehearsed
     assert any("the rehearsal of the largest step ended before" in note for note in found.notes)
 
@@ -60,3 +65,24 @@ def test_the_largest_batch_comes_first_and_others_follow() -> None:
     assert [lengths[place] for place in batches[0]] == [50, 50]
     assert {lengths[place] for batch in batches for place in batch} >= {10, 50}
     assert len(batches) <= 5
+
+
+def test_a_rehearser_that_got_nothing_to_do_ends_at_once_and_leaves_no_process() -> None:
+    with Rehearser() as rehearser:
+        assert rehearser.processes == []
+        rehearser.start()
+        [waiting] = rehearser.processes
+        assert waiting.is_running()
+    assert not waiting.is_running()
+    assert rehearser.processes == []
+
+
+def test_nothing_is_rehearsed_beside_another_job(tiny_base: Path) -> None:
+    with Rehearser() as rehearser:
+        found = prepare(
+            SETTINGS, Dataset(rows(18), (), ()), tiny_base,
+            other_jobs=lambda: [psutil.Process()], rehearser=rehearser,
+        )  # fmt: skip
+        assert rehearser.processes == []
+    assert not found.estimate.rehearsed
+    assert any("computed, not measured: another job" in note for note in found.notes)

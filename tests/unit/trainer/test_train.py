@@ -576,7 +576,9 @@ def test_memory_is_looked_at_before_llama_cpp_is_asked(
 ) -> None:
     monkeypatch.setattr(Device, "free_memory_bytes", lambda *_: 1)
     with pytest.raises(ResourceExhausted):
-        prepare(SETTINGS, dataset, base.folder, Converter(tmp_path / "no source", None), "a", tmp_path)
+        prepare(
+            SETTINGS, dataset, base.folder, Converter(tmp_path / "no source", None, tmp_path), "a", tmp_path
+        )
 
 
 def test_rows_that_the_template_refuses_are_named_training_and_held_out(base: Base, tmp_path: Path) -> None:

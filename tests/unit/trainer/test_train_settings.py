@@ -48,6 +48,11 @@ def test_every_field_of_the_contract_is_taken() -> None:
         loss_band=trainer_pb2.LossBand(low=0.1, high=0.5),
         write_bin=False,
         max_grad_norm=0.5,
+        optim="adafactor",
+        loraplus_lr_ratio=16,
+        neftune_noise_alpha=5,
+        report_to=["tensorboard"],
+        **{"from": "a" * 64},
     )
     assert settings_of(message) == TrainSettings(
         lora=LoraSettings(4, 6.0, 0.1, ("up_proj",), 3),
@@ -67,8 +72,13 @@ def test_every_field_of_the_contract_is_taken() -> None:
         loss_band=LossBand(0.1, 0.5),
         write_bin=False,
         max_grad_norm=0.5,
+        optim="adafactor",
+        loraplus_lr_ratio=16.0,
+        neftune_noise_alpha=5.0,
+        report_to=("tensorboard",),
+        start_from="a" * 64,
     )
-    fields = {field.name for field in message.DESCRIPTOR.fields}
+    fields = {field.name for field in message.DESCRIPTOR.fields} - {"from"} | {"start_from"}
     assert fields == set(TrainSettings.__dataclass_fields__), "a field of the contract is not read"
 
 

@@ -73,7 +73,9 @@ def locate(run: gateway_pb2.Run, file: PipelineFile) -> None:
 
 def announce(run: gateway_pb2.Run) -> None:
     """Print which run it is."""
-    line(f"{run.id} · {run.pipeline.name} from {run.pipeline.base.model}", style="bold")
+    start = getattr(run.pipeline.train, "from")
+    earlier = f", going on from adapter {start[:12]}" if start else ""
+    line(f"{run.id} · {run.pipeline.name} from {run.pipeline.base.model}{earlier}", style="bold")
     line()
 
 

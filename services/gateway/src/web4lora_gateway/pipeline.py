@@ -9,9 +9,11 @@ from typing import Any, Self
 from google.protobuf.json_format import ParseDict
 from web4.lora.v1 import artifacts_pb2, deployer_pb2, gateway_pb2, packager_pb2, trainer_pb2
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore
+from web4lora_chassis.earlier_adapter import adapter_of, start_problems
 from web4lora_chassis.errors import InvalidInput
 from web4lora_chassis.pipeline.check import fill, problems_of
 from web4lora_chassis.pipeline.rules import Problem, error_of
+from web4lora_chassis.pipeline.train import TrainSettings
 from web4lora_chassis.rpc import ref_of
 from web4lora_chassis.rpc.jobs import to_json
 
@@ -98,12 +100,14 @@ def artifact_problems(store: ArtifactStore, pipeline: Pipeline) -> Iterator[Prob
     """Yield what is wrong with the artifacts that a pipeline starts from, by the names of their files.
 
     Raises:
-        NotFound: The dataset or the suite is not in the store.
+        NotFound: The dataset, the suite or the adapter to go on from is not in the store.
     """
     paths = [entry.path for entry in store.manifest(pipeline.dataset).files]
     if not any(path.startswith("train/") and path.endswith(".jsonl") for path in paths):
         text = f"{pipeline.dataset} has no file train/*.jsonl."
         yield Problem("dataset.artifact", text, "Name dataset.train_files.")
+    if start := getattr(pipeline.train, "from"):
+        yield from start_problems(TrainSettings.of(pipeline.train), adapter_of(store, start))
     if pipeline.suite is None:
         return
     if "suite.yaml" not in [entry.path for entry in store.manifest(pipeline.suite).files]:

@@ -15,6 +15,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from web4.lora.v1 import gateway_pb2
 from web4lora_chassis.artifacts import ArtifactStore
+from web4lora_chassis.earlier_adapter import FIELD, adapter_of
 from web4lora_chassis.errors import AlreadyExists, FailedPrecondition, InvalidInput, Web4Error
 from web4lora_chassis.pipeline.rules import Problem, error_of
 from web4lora_chassis.pipeline.verify import BAD_SUITE, unknown_scores
@@ -105,9 +106,32 @@ class RunCreator:
         checked_labels(request.labels)
         if problems := pipeline_problems(request.pipeline):
             raise await self._with_suite(problems, request.pipeline)
-        pipeline = check_pipeline(request.pipeline)
+        pipeline = await self._started_from(check_pipeline(request.pipeline))
         await self._check_inputs(Pipeline.from_json(pipeline))
         return pipeline
+
+    async def _started_from(self, pipeline: dict[str, Any]) -> dict[str, Any]:
+        """Put the digest of the adapter to go on from in the place of its run, which may be deleted some day.
+
+        Raises:
+            NotFound: No such run or adapter.
+            FailedPrecondition: The run made no adapter.
+        """
+        named = pipeline.get("train", {}).get("from")
+        if not named:
+            return pipeline
+        if re.fullmatch(r"[0-9a-f]+", named):
+            digest = (await asyncio.to_thread(adapter_of, self.store, named)).digest
+        else:
+            run = await self.book.get(named)
+            digest = (run.stage("train").result or {}).get("adapter", {}).get("digest", "")
+            if not digest:
+                raise FailedPrecondition(
+                    f"{FIELD}: {run.id} has trained no adapter.",
+                    fix="Name a run whose training succeeded.",
+                    metadata={"field": FIELD},
+                )
+        return {**pipeline, "train": {**pipeline["train"], "from": digest}}
 
     async def retry(self, request: gateway_pb2.RetryRunRequest, owner: str) -> RunRecord:
         """Make a run that goes on where another one failed, or from a stage on.
@@ -161,7 +185,7 @@ class RunCreator:
         """Make a run of another pipeline; what an earlier one finished with the same inputs is taken over."""
         if problems := pipeline_problems(request.pipeline):
             raise await self._with_suite(problems, request.pipeline)
-        pipeline = check_pipeline(request.pipeline)
+        pipeline = await self._started_from(check_pipeline(request.pipeline))
         await self._check_inputs(Pipeline.from_json(pipeline))
         taken_over = _results(old.id, [stage for stage in old.stages if stage.result is not None])
         facts = {**_facts_of(old), "owner": owner, "sweep": "", "sweep_values": {}, "forked_from": old.id}

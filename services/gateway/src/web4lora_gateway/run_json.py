@@ -33,7 +33,8 @@ def run_json(record: RunRecord) -> str:
         data["base"].update(digest=prepared.base.digest, size_bytes=prepared.base.size_bytes)
         data["dataset"].update(_dataset(prepared.dataset))
     if trained := inputs.find(Train):
-        data["train"] = _train(trained)
+        start = getattr(pipeline.train, "from")
+        data["train"] = {**_train(trained), "from_adapter_digest": start or None}
     if packaged := inputs.find(Package):
         data["package"] = _package(packaged)
     if deployed := inputs.find(Deploy):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from web4lora_chassis.errors import InvalidInput
 from web4lora_chassis.pipeline.train import TrainSettings
 
 from web4lora_trainer.base_model import load_tokenizer
@@ -15,13 +16,12 @@ from web4lora_trainer.ladder import Rung
 from web4lora_trainer.plan import TrainPlan
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
+    from torch.optim import Optimizer
     from transformers import TrainerCallback
     from trl.trainer.sft_config import SFTConfig
 
     from web4lora_trainer.sft import AnswerTrainer
-
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 def assemble(
@@ -33,6 +33,7 @@ def assemble(
     held_out: Sequence[Encoded],
     checkpoints: Path,
     callbacks: Sequence[TrainerCallback] = (),
+    start: Path | None = None,
 ) -> AnswerTrainer:
     """Load the base and return the trainer.
 
@@ -45,6 +46,7 @@ def assemble(
         held_out: Rows for the held-out loss; may be empty.
         checkpoints: Where checkpoints go.
         callbacks: Told of every step.
+        start: Folder of an adapter of this shape, whose weights the new one begins with.
 
     Raises:
         FailedPrecondition: The base does more to its scores than multiply by the head.
@@ -78,8 +80,46 @@ def assemble(
         rung,
         callbacks,
     )
+    if settings.loraplus_lr_ratio != 1:
+        trainer.optimizer = _lora_plus(trainer, settings)
+    if start is not None:
+        _load_weights(trainer.peft_model, start)
     trainer.check_head()
     return trainer
+
+
+def _lora_plus(trainer: AnswerTrainer, settings: TrainSettings) -> Optimizer:
+    """Return the optimizer with two rates, as PEFT makes it; the schedule scales both."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    kind, arguments = trainer.get_optimizer_cls_and_kwargs(trainer.args)
+    return create_loraplus_optimizer(
+        trainer.peft_model, kind, loraplus_lr_ratio=settings.loraplus_lr_ratio, **arguments
+    )
+
+
+def _load_weights(model: PeftModel, start: Path) -> None:
+    """Give an adapter the weights of an earlier one.
+
+    Raises:
+        InvalidInput: It lacks weights, or has others.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(start / "adapter_model.safetensors")
+    ours = get_peft_model_state_dict(model, save_embedding_layers=False)
+    differ = [
+        name for name, tensor in ours.items() if name not in weights or weights[name].shape != tensor.shape
+    ]
+    if found := sorted({*differ, *(weights.keys() - ours.keys())}):
+        raise InvalidInput(
+            f"train.from: {len(found)} tensors of that adapter are others than those of train.lora, for "
+            f"example {found[0]}.",
+            fix="Set train.lora to what that adapter was trained with.",
+            metadata={"field": "train.from"},
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def _adapter(settings: TrainSettings, decoder: Decoder) -> LoraConfig:
@@ -108,12 +148,13 @@ def _arguments(plan: TrainPlan, settings: TrainSettings, checkpoints: Path, *, m
         output_dir=str(checkpoints),
         max_steps=plan.steps,
         learning_rate=plan.learning_rate,
-        lr_scheduler_type=_SCHEDULES[plan.schedule],
+        lr_scheduler_type=plan.schedule,
         warmup_steps=plan.warmup_steps,
         gradient_accumulation_steps=plan.accumulation,
         max_grad_norm=settings.max_grad_norm,
         weight_decay=0.0,
-        optim="adamw_torch",
+        optim=settings.optim,
+        neftune_noise_alpha=settings.neftune_noise_alpha or None,
         per_device_train_batch_size=1,
         seed=plan.seed,
         use_cpu=plan.device.kind == "cpu",
@@ -130,7 +171,7 @@ def _arguments(plan: TrainPlan, settings: TrainSettings, checkpoints: Path, *, m
         eval_strategy="no",
         metric_for_best_model="eval_loss" if measured else None,
         greater_is_better=False if measured else None,
-        report_to="none",
+        report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import platform
 import re
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from web4lora_chassis.errors import FailedPrecondition
+from web4lora_chassis.jobs.record import write_json
 from web4lora_chassis.process import run
 
 if TYPE_CHECKING:
@@ -163,7 +166,9 @@ def worker_environment() -> dict[str, str]:
     }
 
 
-def choose_device(shapes: Sequence[Shape] = (), dtype: str = "auto", kind: str = "auto") -> Device:
+def choose_device(
+    shapes: Sequence[Shape] = (), dtype: str = "auto", kind: str = "auto", rates: Path | None = None
+) -> Device:
     """Choose the device and its number format.
 
     Args:
@@ -171,6 +176,8 @@ def choose_device(shapes: Sequence[Shape] = (), dtype: str = "auto", kind: str =
             nothing is measured, and a CPU counts as fp32.
         dtype: A format to use instead of the best.
         kind: A device to use instead of the best.
+        rates: Folder in which measured speeds are kept, so that a training takes the format that its prepare
+            found best, whatever else the machine does meanwhile; None keeps none.
 
     Raises:
         FailedPrecondition: The device asked for is not there, or it can't compute in the format asked for.
@@ -180,7 +187,7 @@ def choose_device(shapes: Sequence[Shape] = (), dtype: str = "auto", kind: str =
     kind = _best_kind() if kind == "auto" else kind
     threads = torch.get_num_threads()
     if kind == "cpu":
-        return _choose_cpu(shapes, dtype, threads)
+        return _choose_cpu(shapes, dtype, threads, rates)
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise FailedPrecondition("There is no CUDA device.", fix="Leave the device to be chosen.")
@@ -190,7 +197,7 @@ def choose_device(shapes: Sequence[Shape] = (), dtype: str = "auto", kind: str =
         best = "bf16" if _apple_generation() >= 3 else "fp16"
         name = f"{apple_chip()} (mps)"
     device = Device(kind, name, best if dtype == "auto" else dtype, threads)
-    return replace(device, flops_per_second=_rate(device, shapes)) if shapes else device
+    return replace(device, flops_per_second=_kept_rate(rates, device, shapes)) if shapes else device
 
 
 def has_bf16(kind: str) -> bool:
@@ -217,7 +224,7 @@ def _best_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _choose_cpu(shapes: Sequence[Shape], dtype: str, threads: int) -> Device:
+def _choose_cpu(shapes: Sequence[Shape], dtype: str, threads: int, rates: Path | None) -> Device:
     """Measure bf16 against fp32: with AVX512-BF16 or AMX 3 times faster, without 25 times slower."""
     if dtype == "fp16":
         raise FailedPrecondition(
@@ -230,19 +237,51 @@ def _choose_cpu(shapes: Sequence[Shape], dtype: str, threads: int) -> Device:
         return replace(device, dtype=dtype if dtype != "auto" else "fp32")
     if dtype != "auto":
         device = replace(device, dtype=dtype)
-        return replace(device, flops_per_second=_rate(device, shapes))
-    fp32 = replace(device, flops_per_second=_rate(device, shapes))
+        return replace(device, flops_per_second=_kept_rate(rates, device, shapes))
+    fp32 = replace(device, flops_per_second=_kept_rate(rates, device, shapes))
     bf16 = replace(device, dtype="bf16")
     bf16 = replace(
-        bf16, flops_per_second=_rate(bf16, shapes, hopeless_below=fp32.flops_per_second / _HOPELESS)
+        bf16,
+        flops_per_second=_kept_rate(rates, bf16, shapes, hopeless_below=fp32.flops_per_second / _HOPELESS),
     )
     return max(fp32, bf16, key=lambda each: each.flops_per_second)
+
+
+def _kept_rate(
+    rates: Path | None, device: Device, shapes: Sequence[Shape], hopeless_below: float = 0.0
+) -> float:
+    """Return what was measured before on this processor with this torch, or measure and keep it."""
+    import torch
+
+    if rates is None:
+        return _rate(device, shapes, hopeless_below)
+    about = [_processor(), device.name, device.threads, device.dtype, torch.__version__, shapes]
+    path = rates / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if (kept := float(json.loads(path.read_text(encoding="utf-8"))["flops_per_second"])) > 0:
+            return kept
+    rate = _rate(device, shapes, hopeless_below)
+    rates.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"device": str(device), "flops_per_second": rate})
+    return rate
+
+
+def _processor() -> str:
+    """Return what tells one processor's speed from another's: its name and, on Linux, its instructions."""
+    with contextlib.suppress(OSError):
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        told = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+        if lines := [line for line in first.splitlines() if line.startswith(told)]:
+            return "\n".join(lines)
+    return apple_chip() if platform.system() == "Darwin" else f"{platform.machine()} {platform.processor()}"
 
 
 def _rate(device: Device, shapes: Sequence[Shape], hopeless_below: float = 0.0) -> float:
     """Measure multiplications and additions a second: forward and input gradient of one decoder layer.
 
-    A short glance comes first: a format without hardware support would take seconds to measure well.
+    A short glance comes first: a format without hardware support would take seconds to measure well. The
+    fastest pass counts, on a CPU by the processor's time and not the clock's: what else runs there would make
+    the one format look slow and not the other.
     """
     import torch
 
@@ -250,27 +289,28 @@ def _rate(device: Device, shapes: Sequence[Shape], hopeless_below: float = 0.0) 
     weights = [torch.randn(shape, device=device.kind).to(dtype) for shape in shapes]
     inputs = [torch.randn(_MEASURE_TOKENS, shape[1], device=device.kind).to(dtype) for shape in shapes]
     outputs = [torch.randn(_MEASURE_TOKENS, shape[0], device=device.kind).to(dtype) for shape in shapes]
+    weights_count = sum(rows * columns for rows, columns in shapes)
 
-    def once(tokens: int) -> None:
+    def now() -> float:
+        return time.process_time() / device.threads if device.kind == "cpu" else time.perf_counter()
+
+    def rate_of(tokens: int) -> float:
+        start = now()
         for weight, value, gradient in zip(weights, inputs, outputs, strict=True):
             value[:tokens] @ weight.t()
             gradient[:tokens] @ weight
         if device.kind != "cpu":
             getattr(torch, device.kind).synchronize()
+        return 4 * tokens * weights_count / max(now() - start, 1e-9)
 
-    weights_count = sum(rows * columns for rows, columns in shapes)
-    once(_GLANCE_TOKENS)  # the first call sets kernels up
-    start = time.perf_counter()
-    once(_GLANCE_TOKENS)
-    glance = 4 * _GLANCE_TOKENS * weights_count / (time.perf_counter() - start)
+    rate_of(_GLANCE_TOKENS)  # the first call sets kernels up
+    glance = rate_of(_GLANCE_TOKENS)
     if glance < hopeless_below:
         return glance
-    flops = 4 * _MEASURE_TOKENS * weights_count
-    done, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < _MEASURE_SECONDS:
-        once(_MEASURE_TOKENS)
-        done += flops
-    return done / spent
+    fastest, end = 0.0, time.perf_counter() + _MEASURE_SECONDS
+    while time.perf_counter() < end or not fastest:
+        fastest = max(fastest, rate_of(_MEASURE_TOKENS))
+    return fastest
 
 
 def free_host_memory_bytes() -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +39,18 @@ def import_gguf(path: Path, target: Path) -> None:
     fix = "Use the model's original weights (a folder or a hub id)."
     try:
         splits_words_as = str(read_gguf(path).values.get("tokenizer.ggml.pre", ""))
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _parsed_once():
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False
+            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
         model, found = loaded
     except InvalidInput as error:
         raise broken(error.message, fix, "GGUF_BROKEN") from error
@@ -69,6 +74,25 @@ def import_gguf(path: Path, target: Path) -> None:
     config.pop("_model_name_or_path", None)
     _write_json(target / "config.json", config)
     _save_tokenizer(tokenizer, splits_words_as, target)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Have the gguf package do once what transformers asks it for again and again.
+
+    That is the file, for configuration, tokenizer and weights, each token of the vocabulary taken apart in
+    Python; and the table of tensor names, for each of the model's modules.
+    """
+    import gguf
+
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, made in before.items():
+        setattr(gguf, name, functools.lru_cache(maxsize=1)(made))
+    try:
+        yield
+    finally:
+        for name, made in before.items():
+            setattr(gguf, name, made)
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, pre: str, target: Path) -> None:

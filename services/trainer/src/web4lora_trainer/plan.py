@@ -118,7 +118,8 @@ def plan_key(settings: TrainSettings, rows: EncodedRows, held_out: EncodedRows, 
         held_out: Held-out rows.
         base: What tells one base from another.
     """
-    digest = hashlib.sha256(json.dumps([asdict(settings), list(base)], sort_keys=True).encode())
+    made_with = [asdict(settings.of_result), list(base)]
+    digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode())
     for part in (rows, held_out):
         for row in part.rows:
             digest.update(json.dumps([row.input_ids, row.labels]).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,9 +23,9 @@ from web4lora_trainer.base_model import load_tokenizer
 from web4lora_trainer.decoder import Decoder, read_decoder
 from web4lora_trainer.device import Device, choose_device, require_one_process
 from web4lora_trainer.encoding import Encoded, EncodedRows, refused_error
-from web4lora_trainer.plan import TrainPlan, make_plan
+from web4lora_trainer.plan import make_plan
 from web4lora_trainer.preflight import Estimate, estimate, measured, require_memory
-from web4lora_trainer.rehearsal import Rehearsal
+from web4lora_trainer.rehearsal import Rehearser
 from web4lora_trainer.rows import encode_dataset, sampled
 from web4lora_trainer.token_check import (
     TrainedText,
@@ -33,14 +34,12 @@ from web4lora_trainer.token_check import (
     llama_ends,
     llama_tokenize,
 )
-from web4lora_trainer.vocabulary import require_place_for_head, write_vocabulary
+from web4lora_trainer.vocabulary import kept_vocabulary, require_place_for_head
 
 if TYPE_CHECKING:
     import psutil
 
 _COMPARED_ROWS = 12
-
-Rehearse = Callable[[TrainPlan, TrainSettings, Decoder, Sequence[Encoded]], Rehearsal | None]
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,12 @@ class Converter:
     Attributes:
         source: Its source, which holds the converter.
         tokenizer: The program llama-tokenize; None where llama.cpp is not compiled.
+        kept: Folder for the vocabularies that it made.
     """
 
     source: Path
     tokenizer: Path | None
+    kept: Path
 
 
 @dataclass(frozen=True)
@@ -169,11 +170,12 @@ def prepare(
     work_dir: Path | None = None,
     licence: str = "",
     other_jobs: Callable[[], Sequence[psutil.Process]] = tuple,
-    rehearse: Rehearse | None = None,
+    rehearser: Rehearser | None = None,
+    rates: Path | None = None,
 ) -> Preparation:
     """Check the base against itself and llama.cpp, count tokens, estimate memory, disk and time.
 
-    What takes long comes last: headers, the weights' values and the rows, memory, then llama.cpp.
+    What takes long comes last: headers, the weights' values and the rows, memory, llama.cpp, a rehearsal.
 
     Args:
         settings: The training to come.
@@ -184,7 +186,8 @@ def prepare(
         work_dir: Where the converter writes; needed with a converter.
         licence: The name of the base's licence, for a base without a licence file.
         other_jobs: Returns the processes of the jobs beside this one; the training comes after them.
-        rehearse: Makes a few of the planned steps, see `rehearsal`; None leaves memory and time computed.
+        rehearser: Makes a few of the planned steps; None leaves memory and time computed.
+        rates: Where measured speeds are kept; see `choose_device`.
 
     Raises:
         InvalidInput: The base contradicts itself or lacks a target module, its chat template refuses rows,
@@ -201,27 +204,21 @@ def prepare(
     _check_modelfile(decoder, renderer(tokenizer).default_system(now), licence)
     notes = check_base(decoder, tokenizer)
     compared = ""
-    train, held_out = encode_dataset(settings, dataset, tokenizer, now)
-    others = other_jobs()
-    device = choose_device(decoder.layer_shapes, settings.dtype)
-    sample = sampled(train, held_out, settings, device)
-    needed = estimate(decoder, train, sample, settings, device, others)
-    require_memory(needed, settings, device)
-    if rehearse is not None and others:  # there is memory for one training, and it is at work
-        notes.append("memory and time are computed, not measured: another job of this trainer is at work")
-    elif rehearse is not None:
-        plan = make_plan("", settings, decoder, train, sample, device)
-        rehearsal = rehearse(plan, settings, decoder, train.rows)
-        if rehearsal is None:
-            notes.append(
-                "the rehearsal of the largest step ended before it could tell what it took, as when memory "
-                "runs out: memory and time are computed, not measured"
+    with ThreadPoolExecutor(1) as pool:
+        writing = None
+        if converter is not None and work_dir is not None:  # a program of its own: it needs no thread of ours
+            writing = pool.submit(
+                kept_vocabulary, converter.source, decoder, base_name, work_dir, converter.kept
             )
-        else:
-            needed = measured(needed, rehearsal, decoder, train, sample, settings, device)
-            require_memory(needed, settings, device, "A rehearsal of the largest step was measured")
-    if converter is not None and work_dir is not None:
-        vocabulary = write_vocabulary(converter.source, decoder, base_name, work_dir)
+        train, held_out = encode_dataset(settings, dataset, tokenizer, now)
+        others = other_jobs()
+        device = choose_device(decoder.layer_shapes, settings.dtype, rates=rates)
+        sample = sampled(train, held_out, settings, device)
+        ending = [*others, *(rehearser.processes if rehearser is not None else ())]
+        needed = estimate(decoder, train, sample, settings, device, ending)
+        require_memory(needed, settings, device)
+        vocabulary = writing.result() if writing is not None else None
+    if converter is not None and vocabulary is not None:
         if head := own_head(decoder):
             require_place_for_head(vocabulary, head.name)
         if converter.tokenizer is not None:
@@ -230,13 +227,24 @@ def prepare(
             ends = llama_ends(converter.tokenizer, vocabulary)
             if problems := list(cut_answers(train.rows, ends, tokenizer)):
                 raise refused_error(problems)
+    if rehearser is not None and others:  # there is memory for one training, and it is at work
+        notes.append("memory and time are computed, not measured: another job of this trainer is at work")
+    elif rehearser is not None:  # nothing else of this prepare is at work, so that it has the processor
+        plan = make_plan("", settings, decoder, train, sample, device)
+        rehearsal = rehearser(plan, settings, decoder, train.rows)
+        if rehearsal is None:
+            notes.append(
+                "the rehearsal of the largest step ended before it could tell what it took, as when memory "
+                "runs out: memory and time are computed, not measured"
+            )
+        else:
+            needed = measured(needed, rehearsal, decoder, train, sample, settings, device)
+            require_memory(needed, settings, device, "A rehearsal of the largest step was measured")
     if converter is None or converter.tokenizer is None:
         notes.append(
             "llama.cpp is not compiled here, so the tokens were not compared with those served; the "
             "deployer's gate does that before anything is promoted"
         )
-    if others and needed.seconds:
-        notes.append("the speed was measured beside another job of this trainer; alone, training is faster")
     return Preparation(device, train, held_out, needed, checked.context_tokens, tuple(notes), compared)
 
 

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
+import psutil
 from web4lora_chassis.pipeline.train import TrainSettings
 
 from web4lora_trainer.batching import LikeLengthBatches
@@ -23,8 +24,11 @@ from web4lora_trainer.encoding import Encoded
 from web4lora_trainer.ladder import Rung, rungs
 from web4lora_trainer.plan import TrainPlan
 
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
 _BATCHES = 5
-_ENOUGH_SECONDS = 4.0
+_ENOUGH_SECONDS = 2.5
 _FEWEST_STEPS = 2
 
 
@@ -45,35 +49,69 @@ class Rehearsal:
     trained_tokens: int
 
 
-def rehearse(
-    plan: TrainPlan, settings: TrainSettings, decoder: Decoder, rows: Sequence[Encoded]
-) -> Rehearsal | None:
-    """Compute a few planned steps in a child process; None when it ended before it could tell.
+class Rehearser:
+    """Computes a few planned steps in a child process, whose libraries can load while others are at work.
 
-    Args:
-        plan: What the training will do.
-        settings: How.
-        decoder: The base model.
-        rows: All rows to train on.
+    A context manager: the child ends with it.
     """
-    batches = _batches(plan, [len(row) for row in rows])
-    chosen = [[replace(rows[place], row=None) for place in batch] for batch in batches]
-    rung = rungs(plan, may_checkpoint=False)[0]
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would inherit torch's threads, but not their state
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(theirs, plan, rung, settings, decoder, chosen), daemon=True)
-    child.start()
-    theirs.close()
-    try:
-        found: Rehearsal = ours.recv()
-    except EOFError:
-        return None
-    finally:
-        child.join()
-        ours.close()
-    return found
+
+    def __init__(self) -> None:
+        self._child: SpawnProcess | None = None
+        self._pipe: Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._child is not None:
+            self._child.terminate()
+            self._child.join()
+        self._child = self._pipe = None
+
+    def start(self) -> None:
+        """Start the child, which loads its libraries and waits."""
+        # A fork would inherit torch's threads, but not their state.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._child = context.Process(target=_child, args=(theirs,), daemon=True)
+        self._child.start()
+        theirs.close()
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """The child, whose memory comes back before the training starts."""
+        if self._child is None or self._child.pid is None:
+            return []
+        try:
+            return [psutil.Process(self._child.pid)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def __call__(
+        self, plan: TrainPlan, settings: TrainSettings, decoder: Decoder, rows: Sequence[Encoded]
+    ) -> Rehearsal | None:
+        """Return what the steps took; None when the child ended before it could tell.
+
+        Args:
+            plan: What the training will do.
+            settings: How.
+            decoder: The base model.
+            rows: All rows to train on.
+        """
+        batches = _batches(plan, [len(row) for row in rows])
+        chosen = [[replace(rows[place], row=None) for place in batch] for batch in batches]
+        rung = rungs(plan, may_checkpoint=False)[0]
+        if self._pipe is None:
+            self.start()
+        assert self._pipe is not None
+        try:
+            self._pipe.send((plan, rung, settings, decoder, chosen))
+            found: Rehearsal = self._pipe.recv()
+        except (EOFError, OSError):
+            return None
+        return found
 
 
 def _batches(plan: TrainPlan, lengths: Sequence[int]) -> list[list[int]]:
@@ -112,19 +150,19 @@ class _Given:
             start += size
 
 
-def _child(
-    told: Connection,
-    plan: TrainPlan,
-    rung: Rung,
-    settings: TrainSettings,
-    decoder: Decoder,
-    batches: Sequence[Sequence[Encoded]],
-) -> None:
-    """Make the steps and tell what they took."""
+def _child(pipe: Connection) -> None:
+    """Load what training needs, wait for the steps to make, and tell what they took."""
     from transformers import TrainerCallback
 
     from web4lora_trainer.assemble import assemble
     from web4lora_trainer.sft import given_batches
+
+    try:
+        work: tuple[TrainPlan, Rung, TrainSettings, Decoder, Sequence[Sequence[Encoded]]] = pipe.recv()
+    except EOFError:  # nothing to rehearse
+        return
+    plan, rung, settings, decoder, batches = work
+    settings = replace(settings, report_to=())
 
     class Clock(TrainerCallback):
         """Times every step, and ends the rehearsal when enough is known."""
@@ -151,7 +189,7 @@ def _child(
         given_batches(trainer, _Given(batches))
         trainer.train()
     made = [batches[step % len(batches)] for step in range(len(clock.spent))][1:]
-    told.send(
+    pipe.send(
         Rehearsal(
             peak_memory_bytes=plan.device.peak_memory_bytes(),
             seconds=sum(clock.spent[1:]),
@@ -159,4 +197,4 @@ def _child(
             trained_tokens=sum(row.trained_tokens for batch in made for row in batch),
         )
     )
-    told.close()
+    pipe.close()

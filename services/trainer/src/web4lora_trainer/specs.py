@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from web4.lora.v1 import artifacts_pb2, trainer_pb2
 from web4lora_chassis.artifacts import ArtifactRef
+from web4lora_chassis.earlier_adapter import FIELD
 from web4lora_chassis.errors import InvalidInput
 from web4lora_chassis.pipeline.train import TrainSettings
 from web4lora_chassis.rpc import Check, ref_of
@@ -37,7 +40,17 @@ def check_prepare(spec: trainer_pb2.PrepareSpec) -> None:
             "prepare.base.model is empty.", fix="Name a base model.", metadata={"field": "base.model"}
         )
     checked_ref(spec.dataset, "dataset")
-    settings_of(spec.train)
+    _check_start(settings_of(spec.train))
+
+
+def _check_start(settings: TrainSettings) -> None:
+    """Refuse to go on from a run: the gateway knows runs, a trainer knows artifacts."""
+    if settings.start_from is not None and not re.fullmatch("[0-9a-f]+", settings.start_from):
+        raise InvalidInput(
+            f"{FIELD}: {settings.start_from} is a run, and a trainer knows no runs.",
+            fix="Name the adapter's digest, or ask the gateway.",
+            metadata={"field": FIELD},
+        )
 
 
 def check_train(spec: trainer_pb2.TrainSpec) -> None:
@@ -45,7 +58,7 @@ def check_train(spec: trainer_pb2.TrainSpec) -> None:
     dataset = checked_ref(spec.dataset, "dataset")
     checked_ref(spec.base, "base_model")
     ArtifactRef("adapter", spec.name, dataset.digest)  # refuses a name that an artifact can't have
-    settings_of(spec.train)
+    _check_start(settings_of(spec.train))
 
 
 def checked_ref(message: artifacts_pb2.ArtifactRef, kind: str) -> ArtifactRef:

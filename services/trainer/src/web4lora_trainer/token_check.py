@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,11 +161,12 @@ def compare_tokens(
         )
     bos = str(tokenizer.bos_token or "")
     adds_bos = bos != "" and tokenize("")[:1] == [tokenizer.bos_token_id]
-    for text in chosen:
-        # llama-server takes away the BOS that the template writes, where it adds one itself.
-        served = tokenize(text.text.removeprefix(bos) if adds_bos else text.text)
-        if served != list(text.ids):
-            raise _differs(text, served, tokenizer)
+    # llama-server takes away the BOS that the template writes, where it adds one itself.
+    given = [text.text.removeprefix(bos) if adds_bos else text.text for text in chosen]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for text, served in zip(chosen, pool.map(tokenize, given), strict=True):
+            if served != list(text.ids):
+                raise _differs(text, served, tokenizer)
     rows = len({text.place for text in chosen})
     return f"llama.cpp reads the tokens that training uses: {rows} rows, {len(chosen)} texts compared"
 

@@ -98,6 +98,8 @@ def train(
     report: Report,
     memory_failures: int = 0,
     end_early: Callable[[], bool] = lambda: False,
+    rates: Path | None = None,
+    start: Path | None = None,
 ) -> TrainOutcome:
     """Train an adapter; goes on from the last checkpoint in `work_dir` when there is one.
 
@@ -109,6 +111,8 @@ def train(
         report: Called after every step and at the start of each phase.
         memory_failures: How often memory ran out before, for all that the caller can tell.
         end_early: Asked after every step: whether to end there, and export what there is.
+        start: Folder of the adapter to go on from; its digest is in the settings.
+        rates: Where measured speeds are kept; see `choose_device`.
 
     Returns:
         What was made; its files lie in `work_dir/output`.
@@ -137,7 +141,7 @@ def train(
         plan = None
     if plan is None:
         _clear(work_dir, file)
-    device = plan.device if plan else choose_device(decoder.layer_shapes, settings.dtype)
+    device = plan.device if plan else choose_device(decoder.layer_shapes, settings.dtype, "auto", rates)
     measured = sampled(rows, held_out, settings, device)
     while True:
         if plan is None:
@@ -150,7 +154,7 @@ def train(
             file.note(f"memory ran out: the planned steps go on with {rung}")
         try:
             return _Run(
-                settings, decoder, rows, measured, base, plan, rung, file, work_dir, report, end_early
+                settings, decoder, rows, measured, base, plan, rung, file, work_dir, report, end_early, start
             ).make()  # fmt: skip
         except NonFiniteLoss as error:
             if error.step > PROBE_STEPS or (safer := device.fallback()) is None:
@@ -255,6 +259,7 @@ class _Run:
         work_dir: Path,
         report: Report,
         end_early: Callable[[], bool],
+        start: Path | None,
     ) -> None:
         self._settings = settings
         self._decoder = decoder
@@ -269,6 +274,7 @@ class _Run:
         self._losses = work_dir / "loss.csv"
         self._report = report
         self._end_early = end_early
+        self._start = start
 
     def make(self) -> TrainOutcome:
         """Load, train from the last whole checkpoint, export."""
@@ -281,6 +287,7 @@ class _Run:
             trainer = assemble(
                 self._plan, self._rung, self._settings, self._decoder,
                 self._rows.rows, self._held_out.rows, self._checkpoints, [reporter],
+                self._start,
             )  # fmt: skip
             reporter.watch(trainer)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)

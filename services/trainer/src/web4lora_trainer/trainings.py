@@ -44,7 +44,7 @@ class Training:
         keep: Keeping,
     ) -> None:
         self._keep = keep
-        text = json.dumps([list(inputs), asdict(settings)], sort_keys=True)
+        text = json.dumps([list(inputs), asdict(settings.of_result)], sort_keys=True)
         self._root = root
         self._kept = root / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._done = job_folder / "training"

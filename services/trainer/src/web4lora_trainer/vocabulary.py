@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -18,6 +21,31 @@ _ARCHITECTURE = re.compile(r"Model (\S+) is not supported")
 _CAUSE = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception))\b:? ?(.*)")
 _NO_SUCH_TOKENIZER = "BPE pre-tokenizer was not recognized"
 _LINES_KEPT = 400
+_VOCABULARIES_KEPT = 20
+
+
+def kept_vocabulary(source: Path, decoder: Decoder, name: str, work_dir: Path, kept: Path) -> Path:
+    """Return the GGUF of `write_vocabulary`, made once for a base, its name and a version of llama.cpp.
+
+    Args:
+        source: See `write_vocabulary`.
+        decoder: See there.
+        name: See there.
+        work_dir: See there.
+        kept: Folder in which they are kept; a few megabytes each, the last used of them.
+    """
+    path = kept / f"{_digest(decoder, name)}.gguf"
+    if path.is_file():
+        path.touch()
+        return path
+    made = write_vocabulary(source, decoder, name, work_dir)
+    kept.mkdir(parents=True, exist_ok=True)
+    other = path.with_name(f"{path.name}.{os.getpid()}")
+    shutil.move(made, other)
+    other.replace(path)
+    for old in sorted(kept.glob("*.gguf"), key=lambda found: found.stat().st_mtime)[:-_VOCABULARIES_KEPT]:
+        old.unlink(missing_ok=True)
+    return path
 
 
 def write_vocabulary(source: Path, decoder: Decoder, name: str, work_dir: Path) -> Path:
@@ -54,6 +82,19 @@ def write_vocabulary(source: Path, decoder: Decoder, name: str, work_dir: Path) 
     if code != 0 or not target.is_file():
         raise _unknown(lines, work_dir / "converter.log")
     return target
+
+
+def _digest(decoder: Decoder, name: str) -> str:
+    """Return the digest of all that the converter reads for a vocabulary: no weights, but their headers."""
+    weights = {shard.path.name for shard in decoder.shards}
+    files = {
+        file_name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for file_name, path in decoder.files().items()
+        if file_name not in weights
+    }
+    tensors = sorted((tensor.name, tensor.dtype, tensor.shape) for tensor in decoder.tensors.values())
+    read = [SDIST.commit, name, sorted(weights), files, tensors]
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def require_place_for_head(vocabulary: Path, head: str) -> None:

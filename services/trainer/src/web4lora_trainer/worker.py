@@ -6,15 +6,21 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from web4.lora.v1 import trainer_pb2
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, open_store
+from web4lora_chassis.artifacts.manifest import Manifest
 from web4lora_chassis.dataset import Dataset, read_dataset
+from web4lora_chassis.earlier_adapter import adapter_of, require_base, start_problems
 from web4lora_chassis.errors import Unavailable
 from web4lora_chassis.jobs import JobContext, Progress
 from web4lora_chassis.jobs.byte_progress import byte_progress
+from web4lora_chassis.pipeline.rules import error_of
+from web4lora_chassis.pipeline.train import TrainSettings
 from web4lora_chassis.rpc import job_process, ref_message
 from web4lora_chassis.settings import Settings, load
 from web4lora_llamacpp import find, find_source
@@ -24,12 +30,14 @@ from web4lora_trainer.base_check import context_tokens
 from web4lora_trainer.base_model import BaseModel, resolve
 from web4lora_trainer.beside import other_jobs, yield_memory
 from web4lora_trainer.prepare import Converter, Preparation, check_settings, prepare
-from web4lora_trainer.progress import TrainProgress
-from web4lora_trainer.rehearsal import rehearse
+from web4lora_trainer.rehearsal import Rehearser
+from web4lora_trainer.reports import leaving, report_here, require_reports
 from web4lora_trainer.service import tool_versions
 from web4lora_trainer.specs import checked_ref, settings_of
-from web4lora_trainer.train import Base, train
 from web4lora_trainer.trainings import Training
+
+if TYPE_CHECKING:
+    from web4lora_trainer.progress import TrainProgress
 
 _CREATED_BY = "trainer"
 
@@ -50,13 +58,23 @@ def run_prepare(spec: trainer_pb2.PrepareSpec, context: JobContext) -> trainer_p
     )
     context.report(Progress(phase="check base model", message="against itself, and against llama.cpp"))
     train_settings = settings_of(spec.train)
-    check_settings(train_settings, base.decoder.folder, spec.context_tokens)  # before llama.cpp is fetched
-    found = prepare(
-        train_settings, dataset, base.decoder.folder,
-        _converter(settings, context), base.name, context.work_dir, base.licence, other_jobs, rehearse,
-    )  # fmt: skip
+    require_reports(train_settings.report_to)
+    start = _start(store, train_settings)
+    with Rehearser() as rehearser:
+        if not other_jobs():
+            rehearser.start()  # its libraries load meanwhile
+        check_settings(
+            train_settings, base.decoder.folder, spec.context_tokens
+        )  # before llama.cpp is fetched
+        found = prepare(
+            train_settings, dataset, base.decoder.folder,
+            _converter(settings, context), base.name, context.work_dir, base.licence, other_jobs, rehearser,
+            _rates(settings),
+        )  # fmt: skip
     ref = _store_base(store, base, context)
-    return _prepare_result(ref, dataset, found)
+    if start is not None:
+        require_base(start, ref)
+    return _prepare_result(ref, dataset, found, leaving(train_settings.report_to))
 
 
 def _converter(settings: Settings, context: JobContext) -> Converter | None:
@@ -67,7 +85,12 @@ def _converter(settings: Settings, context: JobContext) -> Converter | None:
         context.report(Progress(phase="check base model", message=error.message))
         return None
     llama = find(settings.cache)
-    return Converter(source, llama.tokenize if llama else None)
+    return Converter(source, llama.tokenize if llama else None, settings.cache / "vocabularies")
+
+
+def _rates(settings: Settings) -> Path:
+    """Return where measured speeds are kept."""
+    return settings.cache / "speeds"
 
 
 def _store_base(store: ArtifactStore, base: BaseModel, context: JobContext) -> ArtifactRef:
@@ -84,7 +107,9 @@ def _store_base(store: ArtifactStore, base: BaseModel, context: JobContext) -> A
     )
 
 
-def _prepare_result(ref: ArtifactRef, dataset: Dataset, found: Preparation) -> trainer_pb2.PrepareResult:
+def _prepare_result(
+    ref: ArtifactRef, dataset: Dataset, found: Preparation, warnings: Sequence[str]
+) -> trainer_pb2.PrepareResult:
     needed = found.estimate
     return trainer_pb2.PrepareResult(
         base=ref_message(ref),
@@ -97,7 +122,7 @@ def _prepare_result(ref: ArtifactRef, dataset: Dataset, found: Preparation) -> t
             answers=found.train.answers,
             longest_row_tokens=found.train.longest_row_tokens,
             rows_too_long=found.train.rows_too_long,
-            warnings=[*dataset.warnings, *found.warnings],
+            warnings=[*warnings, *dataset.warnings, *found.warnings],
         ),
         estimate=trainer_pb2.TrainEstimate(
             peak_memory_bytes=needed.peak_memory_bytes,
@@ -116,6 +141,8 @@ def _prepare_result(ref: ArtifactRef, dataset: Dataset, found: Preparation) -> t
 def run_train(spec: trainer_pb2.TrainSpec, context: JobContext) -> trainer_pb2.TrainResult:
     """Train, going on from the last checkpoint of this or an earlier job, and store the adapter."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # all there is to read lies on this machine
+    from web4lora_trainer.train import Base, train  # its libraries take seconds; a prepare needs few of them
+
     settings = load(Settings)
     store = open_store(settings)
     dataset_ref, base_ref = checked_ref(spec.dataset, "dataset"), checked_ref(spec.base, "base_model")
@@ -125,7 +152,16 @@ def run_train(spec: trainer_pb2.TrainSpec, context: JobContext) -> trainer_pb2.T
     made_with = store.get(base_ref, folder).parameters
     base = Base(folder, json.loads(made_with["source"]), json.loads(made_with["revision"]), base_ref.digest)
 
-    train_settings = settings_of(spec.train).for_model(context_tokens(folder))
+    train_settings = settings_of(spec.train)
+    require_reports(train_settings.report_to)
+    if train_settings.report_to:
+        report_here(settings.home / "trainer" / "reports", f"{spec.name}-{context.id}")
+    start, weights = _start(store, train_settings), None
+    if start is not None:
+        require_base(start, base_ref)
+        weights = context.work_dir / "start"
+        store.get(start.ref, weights)
+    train_settings = train_settings.for_model(context_tokens(folder))
     root = settings.home / "trainer" / "trainings"
     training = Training(
         root, (dataset_ref.digest, base_ref.digest), train_settings, context.work_dir, settings
@@ -133,15 +169,16 @@ def run_train(spec: trainer_pb2.TrainSpec, context: JobContext) -> trainer_pb2.T
     with training.open() as work_dir:
         outcome = train(
             train_settings, dataset, base, work_dir, lambda progress: context.report(_progress(progress)),
-            memory_failures=context.memory_failures, end_early=context.end_early,
+            memory_failures=context.memory_failures, end_early=context.end_early, rates=_rates(settings),
+            start=weights,
         )  # fmt: skip
         context.report(Progress(phase="store adapter"))
         adapter = store.put(
             "adapter",
             spec.name,
             outcome.files,
-            inputs=[dataset_ref, base_ref],
-            parameters={**asdict(train_settings), "device": outcome.device},
+            inputs=[dataset_ref, base_ref, *([start.ref] if start else [])],
+            parameters={**asdict(train_settings.of_result), "device": outcome.device},
             tools=tool_versions(),
             created_by=_CREATED_BY,
         )
@@ -164,6 +201,21 @@ def run_train(spec: trainer_pb2.TrainSpec, context: JobContext) -> trainer_pb2.T
     if outcome.held_out_loss is not None:
         result.held_out_loss = outcome.held_out_loss
     return result
+
+
+def _start(store: ArtifactStore, settings: TrainSettings) -> Manifest | None:
+    """Return the adapter to go on from, if there is one.
+
+    Raises:
+        NotFound: It is not in the store.
+        InvalidInput: Its shape is another.
+    """
+    if settings.start_from is None:
+        return None
+    adapter = adapter_of(store, settings.start_from)
+    if problems := list(start_problems(settings, adapter)):
+        raise error_of(problems)
+    return adapter
 
 
 def _dataset(store: ArtifactStore, ref: ArtifactRef, work_dir: Path) -> Dataset:

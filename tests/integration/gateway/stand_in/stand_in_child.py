@@ -31,7 +31,9 @@ def steer(context: JobContext, kind: str) -> None:
         time.sleep(0.05)
 
 
-def store_files(context: JobContext, kind: str, name: str, texts: dict[str, str], inputs=()) -> dict:
+def store_files(
+    context: JobContext, kind: str, name: str, texts: dict[str, str], inputs=(), **parameters
+) -> dict:
     files = {}
     for path, text in texts.items():
         files[path] = context.work_dir / kind / path
@@ -39,7 +41,9 @@ def store_files(context: JobContext, kind: str, name: str, texts: dict[str, str]
         files[path].unlink(missing_ok=True)
         files[path].write_text(text)
     refs = [ArtifactRef.from_json({**ref, "kind": ref["kind"][14:].lower()}) for ref in inputs]
-    ref = open_store(load(Settings)).put(kind, name, files, inputs=refs, created_by="stand-in")
+    ref = open_store(load(Settings)).put(
+        kind, name, files, inputs=refs, parameters=parameters, created_by="stand-in"
+    )
     return {**ref.to_json(), "kind": f"ARTIFACT_KIND_{kind.upper()}", "size_bytes": str(ref.size_bytes)}
 
 
@@ -58,7 +62,9 @@ def train(context: JobContext) -> dict:
         "adapter_model.safetensors": json.dumps(spec["train"]),
         "logs/loss.csv": "step,loss\n1,0.5\n",
     }
-    adapter = store_files(context, "adapter", spec["name"], texts, [spec["dataset"], spec["base"]])
+    adapter = store_files(
+        context, "adapter", spec["name"], texts, [spec["dataset"], spec["base"]], lora=spec["train"]["lora"]
+    )
     return {
         "adapter": adapter, "final_loss": 0.5, "verdict": "settled", "steps": 3, "tokens_per_second": 7.5,
         "ended_early": context.end_early(),

@@ -105,6 +105,26 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A text of a form.
+
+    Attributes:
+        pattern: Its form.
+        what: What it is, for messages: "the id of a run".
+    """
+
+    pattern: str
+    what: str
+    default: str | None = None
+    default_text: str = ""
+
+    def wrong(self, value: str) -> Iterator[Wrong]:
+        """See `Rule.wrong`."""
+        if not re.fullmatch(self.pattern, value):
+            yield "", f"{shown(value)} is not {self.what}.", ""
+
+
+@dataclass(frozen=True)
 class Flag:
     """Yes or no."""
 
@@ -202,7 +222,11 @@ class StageSettings:
     @classmethod
     def rules(cls) -> dict[str, Rule]:
         """Return the rule of each setting by name, without those of its parts."""
-        return {each.name: each.metadata["rule"] for each in fields(cls) if "rule" in each.metadata}  # type: ignore[arg-type]
+        return {
+            each.metadata["name"] or each.name: each.metadata["rule"]
+            for each in fields(cls)  # type: ignore[arg-type]
+            if "rule" in each.metadata
+        }
 
     @classmethod
     def parts(cls) -> dict[str, type[StageSettings]]:
@@ -223,7 +247,8 @@ class StageSettings:
                 found = getattr(message, name)
                 kind = type(rule.default)
                 values[name] = kind(found) if kind in (tuple, dict) else found
-        return cls(**values)
+        attributes = {each.metadata.get("name"): each.name for each in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{attributes.get(name, name): value for name, value in values.items()})
 
     @classmethod
     def problems(cls, message: Message, path: str = "") -> list[Problem]:
@@ -279,11 +304,17 @@ class StageSettings:
         yield from ()
 
 
-def setting(rule: Rule) -> Any:
-    """Declare a setting in a dataclass of `StageSettings`."""
+def setting(rule: Rule, name: str = "") -> Any:
+    """Declare a setting in a dataclass of `StageSettings`.
+
+    Args:
+        rule: Its rule.
+        name: Its name in the contract, where Python can't have an attribute of that name.
+    """
+    metadata = {"rule": rule, "name": name}
     if isinstance(rule.default, dict):
-        return field(default_factory=dict, metadata={"rule": rule})
-    return field(default=rule.default, metadata={"rule": rule})
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=rule.default, metadata=metadata)
 
 
 def error_of(problems: list[Problem]) -> InvalidInput:

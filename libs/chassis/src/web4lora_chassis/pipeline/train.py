@@ -14,12 +14,22 @@ from web4lora_chassis.pipeline.rules import (
     Number,
     NumbersByName,
     StageSettings,
+    Text,
     Wrong,
     setting,
 )
 
 ALL_LINEAR = "all-linear"
 """Stands for every linear layer of the decoder's layers, as in PEFT."""
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt",
+)  # fmt: skip
+"""Transformers' names of the schedules that need no figures of their own and no held-out loss."""
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+"""Transformers' names of the optimizers that come with torch and Transformers."""
+REPORTS = ("tensorboard", "trackio", "mlflow", "wandb")
+"""Transformers' names of what it can report to that keeps everything on the machine."""
 _LAYER_NAME = r"[A-Za-z_][A-Za-z0-9_.]{0,99}"
 _MAX_LENGTH_TOKENS = 2048
 _CPU_TOKENS_PER_BATCH = 512
@@ -107,13 +117,14 @@ class TrainSettings(StageSettings):
         max_length_tokens: None means 2048, at most what the model was made for; see `for_model`.
         tokens_per_batch: Padding included; None means by device.
         checkpoint_steps: 0 means ten a run.
+        start_from: The run, or the digest of the adapter, to go on from; `from` in the contract.
     """
 
     lora: LoraSettings = field(default_factory=LoraSettings)
     epochs: float = setting(Number(1.0, low=0.001, high=1000))
     max_steps: int = setting(Number(0, low=0, high=10_000_000))
     learning_rate: float = setting(Number(2e-4, low=1e-8, high=1))
-    schedule: str = setting(Choice(("linear", "cosine", "constant"), "cosine"))
+    schedule: str = setting(Choice(SCHEDULES, "cosine"))
     warmup_ratio: float = setting(Number(0.03, low=0, high=1))
     max_length_tokens: int | None = setting(
         Number(
@@ -138,6 +149,25 @@ class TrainSettings(StageSettings):
     loss_band: LossBand = field(default_factory=LossBand)
     write_bin: bool = setting(Flag(True))
     max_grad_norm: float = setting(Number(1.0, above=0, high=1e6))
+    start_from: str | None = setting(
+        Text(
+            r"latest|run_[0-9]{4}-[0-9]{2}-[0-9]{2}_[0-9]+|[0-9a-f]{12,64}",
+            "the id of a run or the digest of an adapter",
+        ),
+        "from",
+    )
+    optim: str = setting(Choice(OPTIMIZERS, "adamw_torch"))
+    loraplus_lr_ratio: float = setting(Number(1.0, low=1, high=1000))
+    neftune_noise_alpha: float = setting(Number(0.0, low=0, high=1000))
+    report_to: tuple[str, ...] = setting(
+        Names(
+            (),
+            "what training can report to",
+            f"Use {', '.join(REPORTS)}.",
+            known=REPORTS,
+            default_text="none",
+        )
+    )
 
     def for_model(self, context_tokens: int) -> Self:
         """Return settings whose longest row fits a model.
@@ -158,6 +188,11 @@ class TrainSettings(StageSettings):
             )
         most = min(_MAX_LENGTH_TOKENS, context_tokens or _MAX_LENGTH_TOKENS)
         return replace(self, max_length_tokens=wanted or most)
+
+    @property
+    def of_result(self) -> Self:
+        """The settings without those that change nothing of the adapter."""
+        return replace(self, report_to=())
 
     @property
     def longest_row_tokens(self) -> int:

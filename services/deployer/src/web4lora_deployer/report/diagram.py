@@ -146,6 +146,7 @@ def _train(run: Mapping[str, Any]) -> Stage:
         ("peak memory", _words(train.get("peak_memory_bytes"), words.size)),
         ("device", _words(train.get("device"))),
         ("adapter", _digest(train.get("adapter_digest"))),
+        ("goes on from", _digest(train.get("from_adapter_digest"))),
     ]
     rows += _taken_over(run, "train")
     headline = _words(train.get("final_loss"), lambda value: f"loss {words.loss(value)}")

@@ -6,6 +6,9 @@ to train anew says so with from_stage.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from web4.lora.v1 import trainer_pb2
 from web4lora_chassis.rpc import ref_message
 
@@ -30,6 +33,12 @@ class Train(JobStage[trainer_pb2.TrainSpec, trainer_pb2.TrainResult]):
             base=inputs.of_stage(Prepare).base,
             train=inputs.pipeline.train,
         )
+
+    def identity(self, inputs: Inputs, spec: trainer_pb2.TrainSpec) -> Mapping[str, Any]:
+        """Leave out who is told of the steps: the adapter is the same."""
+        data = super().identity(inputs, spec)
+        train = {key: value for key, value in data["train"].items() if key != "report_to"}
+        return {**data, "train": train}
 
     def needs(self, inputs: Inputs) -> tuple[int, float]:
         """Return what preparing estimated."""
