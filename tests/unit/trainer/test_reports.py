@@ -56,7 +56,6 @@ def test_reports_stay_here_unless_the_environment_says_otherwise(
 
 
 def test_tensorboard_is_told_every_step(tiny_base: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     require_reports(["tensorboard"])
