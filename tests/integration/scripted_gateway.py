@@ -329,6 +329,12 @@ class ScriptedGateway(
     def ListDeployments(self, request: Any, context: Any) -> Any:
         return deployments_pb2.ListDeploymentsResponse(deployments=[deployment(self.endpoint)])
 
+    def GetDeployment(self, request: Any, context: Any) -> Any:
+        found = deployment(self.endpoint)
+        if request.id not in (found.id, found.name):
+            _abort(context, NotFound(f"There is no deployment {request.id!r}.", fix="List them."))
+        return deployments_pb2.GetDeploymentResponse(deployment=found)
+
     def PromoteDeployment(self, request: Any, context: Any) -> Any:
         self.called.append(request)
         found = deployment(self.endpoint)

@@ -114,6 +114,18 @@ class MinioServer:
             http_client=urllib3.PoolManager(retries=False, timeout=30.0),
         )
 
+    def wait(self) -> None:
+        """Wait until it takes calls: for a moment it is alive and answers 503."""
+        deadline = time.monotonic() + _READY_SECONDS
+        while True:
+            try:
+                self.client.list_buckets()
+                return
+            except S3Error:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
 
 @pytest.fixture(scope="session")
 def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioServer]:
@@ -131,17 +143,8 @@ def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioServer]:
     }
     arguments = ["server", folder / "data", "--address", server.endpoint, "--quiet"]
     with started([command, *arguments], f"http://{server.endpoint}/minio/health/live", folder, env):
-        while not _takes_calls(server.client):  # for a moment it is alive and answers 503
-            time.sleep(0.05)
+        server.wait()
         yield server
-
-
-def _takes_calls(client: Minio) -> bool:
-    try:
-        client.list_buckets()
-    except S3Error:
-        return False
-    return True
 
 
 @pytest.fixture

@@ -6,12 +6,15 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy as sa
 
@@ -26,9 +29,41 @@ def find_program(name: str) -> Path | None:
     return Path(found) if found else None
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that can be killed and stopped.
+
+    Attributes:
+        address: Of its database.
+        data: Its folder.
+        start: Starts it.
+    """
+
+    address: str
+    data: Path
+    start: Callable[[], None]
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the server and to the processes of its connections."""
+        first = psutil.Process(int((self.data / "postmaster.pid").read_text().split()[0]))
+        processes = [first, *first.children(recursive=True)]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        if number == signal.SIGKILL:
+            psutil.wait_procs(processes, timeout=30)
+
+
 @contextmanager
 def running() -> Iterator[str]:
     """Run a server until the block ends; yields the address of its database."""
+    with server() as made:
+        yield made.address
+
+
+@contextmanager
+def server() -> Iterator[Server]:
+    """Run a server that can be killed, until the block ends."""
     initdb, pg_ctl = find_program("initdb"), find_program("pg_ctl")
     if not initdb or not pg_ctl:
         missing(f"postgresql{NOT_BUILT}: install it with the system's package manager")
@@ -54,11 +89,14 @@ def running() -> Iterator[str]:
         if (data / "postmaster.pid").exists():
             run(pg_ctl, "-D", data, "-m", "immediate", "-w", "stop")
 
-    try:
-        run(initdb, "-D", data, "-A", "trust", "-U", "web4lora", "-E", "UTF8", "--locale=C", "--no-sync")
+    def start() -> None:
         options = f"-c listen_addresses=127.0.0.1 -p {port} -k {data} -c max_connections=200"
         run(pg_ctl, "-D", data, "-o", options, "-l", data / "log", "-w", "start")
-        yield f"postgresql://web4lora@127.0.0.1:{port}/postgres"
+
+    try:
+        run(initdb, "-D", data, "-A", "trust", "-U", "web4lora", "-E", "UTF8", "--locale=C", "--no-sync")
+        start()
+        yield Server(f"postgresql://web4lora@127.0.0.1:{port}/postgres", data, start)
     finally:
         stop()
         shutil.rmtree(data)

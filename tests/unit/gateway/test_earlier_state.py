@@ -98,7 +98,7 @@ def test_the_keys_of_results_are_the_same_so_that_they_are_taken_over(database: 
         "SELECT document FROM web4lora_runs WHERE request_id = 'finished'"
     ).fetchone()
     record = RunRecord.from_json(json.loads(document))
-    inputs = Inputs.of(record, "{}")
+    inputs = Inputs.of(record, lambda: "{}")
     for name, stage in stages_of(inputs.pipeline).items():
         if isinstance(stage, JobStage):
             made = record.stage(name)

@@ -24,7 +24,7 @@ def inputs(
     for target, kind in ((pipeline.dataset.artifact, "DATASET"), (pipeline.verify.suite, "SUITE")):
         target.kind, target.name, target.digest = f"ARTIFACT_KIND_{kind}", "demo", "a" * 64
     pipeline.verify.compare_base = compare_base
-    return Inputs(Pipeline.from_json(check_pipeline(pipeline)), results, "{}")
+    return Inputs(Pipeline.from_json(check_pipeline(pipeline)), results, lambda: "{}")
 
 
 PREPARED = {"base": ref("BASE_MODEL", "8")}
@@ -62,7 +62,7 @@ def test_the_text_of_run_json_does_not_decide_a_verification_but_the_deployment_
 
     def identity(run_json: str, **deployment: Any) -> Any:
         given = inputs(package=PACKAGE, deploy={"deployment": {"id": "demo:v2", **deployment}})
-        given = Inputs(given.pipeline, given.results, run_json)
+        given = Inputs(given.pipeline, given.results, lambda: run_json)
         return stage.identity(given, stage.spec(given))
 
     first = identity("{}", context_tokens=4096)
@@ -127,7 +127,7 @@ def with_settings(package: dict[str, Any], deploy: dict[str, Any]) -> Inputs:
     pipeline = gateway_pb2.Pipeline(name="demo", base={"model": "m"}, package=package, deploy=deploy)
     artifact = pipeline.dataset.artifact
     artifact.kind, artifact.name, artifact.digest = "ARTIFACT_KIND_DATASET", "demo", "a" * 64
-    return Inputs(Pipeline.from_json(check_pipeline(pipeline)), {}, "{}")
+    return Inputs(Pipeline.from_json(check_pipeline(pipeline)), {}, lambda: "{}")
 
 
 @pytest.mark.parametrize(

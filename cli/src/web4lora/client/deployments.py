@@ -40,15 +40,13 @@ class Deployments(Runs, Jobs):
         Raises:
             NotFound: Nothing of that name is deployed.
         """
-        deployments = self.deployments()
-        found = [deployment for deployment in deployments if name in (deployment.id, deployment.name)]
-        for deployment in sorted(found, key=lambda each: not each.promoted):
-            return deployment
-        known = ", ".join(dict.fromkeys(deployment.name for deployment in deployments))
-        raise NotFound(
-            f"No model called {name!r} is deployed.",
-            fix=f"These are: {known}." if known else "Nothing is: `web4lora run PIPELINE.yaml` deploys one.",
-        )
+        request = deployments_pb2.GetDeploymentRequest(id=name)
+        try:
+            return _seen_from_here(self._call(self._deployments.GetDeployment, request).deployment)
+        except NotFound as error:
+            known = ", ".join(dict.fromkeys(each.name for each in self.deployments()))
+            fix = f"These are: {known}." if known else "Nothing is: `web4lora run PIPELINE.yaml` deploys one."
+            raise NotFound(f"No model called {name!r} is deployed.", fix=fix) from error
 
     def promote(self, deployment_id: str) -> deployments_pb2.Deployment:
         """Point a deployment's name at it, once it has answered; safe to repeat.

@@ -6,15 +6,50 @@ goes by itself is what nothing goes on from.
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings
 
 DAY_SECONDS = 86_400.0
 HOUR_SECONDS = 3600.0
 GB = 10**9
+
+
+_LABEL_RULE = re.compile(r"(?P<key>[A-Za-z0-9][A-Za-z0-9._/-]*)(=(?P<value>[^=,]*))?:(?P<days>[^:=,]+)")
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """How long the ended runs with a label are kept, whatever else is said of runs.
+
+    Attributes:
+        key: Of the label.
+        value: Of the label; None: any.
+        days: How long; infinite: always.
+    """
+
+    key: str
+    value: str | None
+    days: float
+
+    def __str__(self) -> str:
+        """Say it for people."""
+        label = self.key if self.value is None else f"{self.key}={self.value}"
+        return f"{'always' if math.isinf(self.days) else f'{self.days:g} days'} by its label {label}"
+
+    def holds_for(self, labels: Mapping[str, str]) -> bool:
+        """Tell whether a run with these labels has the label."""
+        return self.key in labels and self.value in (None, labels[self.key])
+
+    def over(self, ended_at: float, now: float) -> bool:
+        """Tell whether a run's time is over; both in seconds since 1970."""
+        return now - ended_at > self.days * DAY_SECONDS
 
 
 class Keeping(BaseSettings):
@@ -23,6 +58,11 @@ class Keeping(BaseSettings):
     keep_runs: int = Field(default=0, ge=0, description="Ended runs kept, the newest; 0: all")
     keep_runs_days: float = Field(
         default=0, ge=0, description="Days that ended runs are kept; 0: until they are deleted"
+    )
+    keep_labels: str = Field(
+        default="",
+        description="Days that ended runs with a label are kept, whatever the two above say: KEY:DAYS or "
+        "KEY=VALUE:DAYS, separated by commas; `always` for days. The longest counts",
     )
     keep_artifacts_days: float = Field(
         default=0,
@@ -68,6 +108,43 @@ class Keeping(BaseSettings):
         ge=1,
         description="Times that a job may end together with its service without getting further",
     )
+
+    @field_validator("keep_labels")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        _label_rules(text)
+        return text
+
+    def label_rule(self, labels: Mapping[str, str]) -> LabelRule | None:
+        """Return what WEB4LORA_KEEP_LABELS says of a run with these labels; None: nothing."""
+        found = [rule for rule in _label_rules(self.keep_labels) if rule.holds_for(labels)]
+        return max(found, key=lambda rule: rule.days, default=None)
+
+
+def _label_rules(text: str) -> list[LabelRule]:
+    """Read the setting.
+
+    Raises:
+        ValueError: It is of another form.
+    """
+    rules = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        match = _LABEL_RULE.fullmatch(entry)
+        try:
+            days = _days(match["days"]) if match else math.nan
+        except ValueError:
+            days = math.nan
+        if match is None or not days >= 0:
+            raise ValueError(
+                f"{entry!r} does not say how long a label's runs are kept; write KEY:DAYS or KEY=VALUE:DAYS, "
+                "for example purpose=release:always,nightly:14"
+            )
+        rules.append(LabelRule(match["key"], match["value"], days))
+    return rules
+
+
+def _days(word: str) -> float:
+    return math.inf if word == "always" else float(word)
 
 
 def free_bytes(place: Path) -> int:

@@ -75,7 +75,7 @@ async def run(settings: GatewaySettings) -> None:
     deleter = RunDeleter(database, book, store, settings, workflow.at_work)
     creator = RunCreator(book, store, workers, settings, start, deleter.deleted)
     index = ManifestIndex(store)
-    needs = NeedsFinder(database, results.holds, workers)
+    needs = NeedsFinder(database, results.holds, workers, settings)
     collector = Collector(database, store, index, needs, settings)
     retention = Retention(book, deleter, collector, settings)
     background = [

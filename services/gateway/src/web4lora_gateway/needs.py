@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from web4.lora.v1 import jobs_pb2
 from web4lora_chassis.artifacts.index import Indexed
 from web4lora_chassis.errors import Web4Error
-from web4lora_chassis.keeping import HOUR_SECONDS
+from web4lora_chassis.keeping import HOUR_SECONDS, Keeping
 from web4lora_chassis.rpc.artifact_messages import refs_in
 
 from web4lora_gateway.database import RUNS, call
@@ -96,18 +96,20 @@ class NeedsFinder:
         engine: The database.
         holds: What runs are about to take over.
         workers: Their jobs, and the deployments.
+        keep: What labels say of runs.
     """
 
     engine: sa.Engine
     holds: Holds
     workers: Workers
+    keep: Keeping
 
     async def all(self, keep_runs: int | None) -> Needs:
         """Return all that is needed.
 
         Args:
-            keep_runs: Of the runs that have ended and are not kept, only the newest this many count.
-                None: all.
+            keep_runs: Of the runs that have ended and are not kept, by hand or by a label, only the newest
+                this many count. None: all.
 
         Raises:
             Unavailable: The deployer is out of reach, without which nobody knows what serves.
@@ -115,13 +117,25 @@ class NeedsFinder:
         needs = Needs()
         await self._of_deployer(needs)
         await self._of_work(needs)
-        counted = 0
+        await self.add_ended_runs(needs, keep_runs)
+        return needs
+
+    async def add_ended_runs(self, needs: Needs, keep_runs: int | None) -> None:
+        """Note what ended runs need; `keep_runs` as for `all`."""
+        counted, now = 0, time.time()
         async for row in self._runs([RUNS.c.ended]):
-            kept = bool(json.loads(row.document).get("kept"))
+            kept = self._kept(json.loads(row.document), now)
             counted += not kept
             if kept or keep_runs is None or counted <= keep_runs:
-                needs.add(_digests(row.document), f"{row.id}, kept" if kept else row.id)
-        return needs
+                needs.add(_digests(row.document), f"{row.id}{kept}")
+
+    def _kept(self, document: dict[str, Any], now: float) -> str:
+        """Return how a run is kept, whatever else is said of runs, in words; empty: it is not."""
+        if document.get("kept"):
+            return ", kept"
+        rule = self.keep.label_rule(document.get("labels") or {})
+        ended_at = document.get("ended_at") or 0.0
+        return f", kept {rule}" if rule and not rule.over(ended_at, now) else ""
 
     async def of_work(self) -> Needs:
         """Return what work in progress needs, as of now."""

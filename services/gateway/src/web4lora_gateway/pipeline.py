@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from google.protobuf.json_format import ParseDict
 from web4.lora.v1 import artifacts_pb2, deployer_pb2, gateway_pb2, packager_pb2, trainer_pb2
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore
 from web4lora_chassis.earlier_adapter import adapter_of, start_problems
@@ -14,8 +13,7 @@ from web4lora_chassis.errors import InvalidInput
 from web4lora_chassis.pipeline.check import fill, problems_of
 from web4lora_chassis.pipeline.rules import Problem, error_of
 from web4lora_chassis.pipeline.train import TrainSettings
-from web4lora_chassis.rpc import ref_of
-from web4lora_chassis.rpc.jobs import to_json
+from web4lora_chassis.rpc import from_json, ref_of, to_json
 
 SUITE = "verify.suite"
 """Where a pipeline names its suite."""
@@ -52,7 +50,7 @@ class Pipeline:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read a checked pipeline from JSON data of the contract's message."""
-        message = ParseDict(dict(data), gateway_pb2.Pipeline(), ignore_unknown_fields=True)
+        message = from_json(gateway_pb2.Pipeline, data)
         return cls(
             name=message.name,
             dataset=ref_of(message.dataset.artifact),

@@ -52,7 +52,7 @@ class Planner:
             Web4Error: Someone refused.
         """
         await self.results.holds.settled()
-        inputs = Inputs.of(record, run_json(record))
+        inputs = Inputs.of(record, lambda: run_json(record))
         if isinstance(stage, CallStage):
             deployer = self.workers.deployer
             decision = await patiently(str(deployer), lambda: stage.decide(inputs, deployer))

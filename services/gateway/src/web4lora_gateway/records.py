@@ -6,8 +6,9 @@ written it, is kept and written back.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Self
@@ -76,7 +77,7 @@ class StageResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
-        return _with_unknown(asdict(self))
+        return _data(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -109,7 +110,7 @@ class StageRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
-        return _with_unknown(asdict(self))
+        return _data(self, progress=asdict(self.progress), error=_failure_data(self.error))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -213,10 +214,12 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""
-        data = _with_unknown(asdict(self))
-        data["stages"] = [stage.to_json() for stage in self.stages]
-        data["taken_over"] = {name: made.to_json() for name, made in self.taken_over.items()}
-        return data
+        return _data(
+            self,
+            stages=[stage.to_json() for stage in self.stages],
+            taken_over={name: made.to_json() for name, made in self.taken_over.items()},
+            error=_failure_data(self.error),
+        )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -270,26 +273,38 @@ class UnreadableRun:
 
 def progress_from_json(data: Mapping[str, Any]) -> Progress:
     """Read a progress back from JSON data; what is not known of it is left out, the next one replaces it."""
-    names = {each.name for each in fields(Progress)}
+    names = _names(Progress)
     return Progress(**{name: value for name, value in data.items() if name in names})
 
 
 def _failure(data: Mapping[str, Any] | None) -> JobFailure | None:
     if not data:
         return None
-    names = {each.name for each in fields(JobFailure)}
+    names = _names(JobFailure)
     return JobFailure(**{name: value for name, value in data.items() if name in names})
+
+
+def _failure_data(failure: JobFailure | None) -> dict[str, Any] | None:
+    return asdict(failure) if failure else None
 
 
 def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that a class has; all others together as `unknown`."""
-    names = {each.name for each in fields(cls)} - {"unknown"}
+    names = _names(cls) - {"unknown"}
     known = {name: value for name, value in data.items() if name in names}
     unknown = {name: value for name, value in data.items() if name not in names}
     return {**known, "unknown": unknown}
 
 
-def _with_unknown(data: dict[str, Any]) -> dict[str, Any]:
-    """Return JSON data with the fields that a newer version wrote in their place."""
-    unknown = data.pop("unknown")
-    return {**unknown, **data}
+def _data(record: Any, **inner: Any) -> dict[str, Any]:
+    """Return a record's fields, those that a newer version wrote in their place; `inner` are records in it.
+
+    Nothing is copied: it is written down at once, and pipelines and results are large.
+    """
+    data = {name: getattr(record, name) for name in _names(record.__class__)} | inner
+    return {**data.pop("unknown"), **data}
+
+
+@functools.cache
+def _names(cls: type) -> KeysView[str]:
+    return {each.name: None for each in fields(cls)}.keys()

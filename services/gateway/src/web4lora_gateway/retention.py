@@ -77,7 +77,7 @@ class Retention:
     async def apply(self) -> None:
         """Delete what is no longer kept: runs first, then what only they needed."""
         keep = self._settings
-        for run_id in await self._surplus_runs():
+        for run_id in await self.surplus_runs():
             try:
                 await self._deleter.delete(run_id)
             except (NotFound, FailedPrecondition) as error:  # deleted or kept meanwhile
@@ -99,16 +99,20 @@ class Retention:
                 freed += found.ref.size_bytes
         return freed
 
-    async def _surplus_runs(self) -> list[str]:
+    async def surplus_runs(self) -> list[str]:
         """Return the ended runs that are too many or too old."""
         keep = self._settings
-        if not (keep.keep_runs or keep.keep_runs_days):
+        if not (keep.keep_runs or keep.keep_runs_days or keep.keep_labels):
             return []
         surplus, number, token = [], 0, ""
         while True:
             runs, token = await self._book.page(_PAGE, token, [RUNS.c.ended])
             for run in runs:
                 if not isinstance(run, RunRecord) or run.kept:
+                    continue
+                if rule := keep.label_rule(run.labels):  # these don't count among the others either
+                    if rule.over(run.ended_at, time.time()):
+                        surplus.append(run.id)
                     continue
                 number += 1
                 too_old = (

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from google.protobuf.json_format import ParseDict
 from web4.lora.v1 import gateway_pb2
 from web4lora_chassis.errors import InvalidInput
 from web4lora_chassis.jobs import Progress
+from web4lora_chassis.rpc import from_json
 from web4lora_chassis.rpc.bounds import shortened
 from web4lora_chassis.rpc.jobs import failure_message, progress_message, timestamp
 
@@ -18,7 +18,7 @@ def run_message(record: RunRecord | UnreadableRun) -> gateway_pb2.Run:
         return _unreadable_message(record)
     return gateway_pb2.Run(
         id=record.id,
-        pipeline=ParseDict(shortened(record.pipeline), gateway_pb2.Pipeline(), ignore_unknown_fields=True),
+        pipeline=from_json(gateway_pb2.Pipeline, shortened(record.pipeline)),
         state=gateway_pb2.RunState.Value(f"RUN_STATE_{record.state}"),
         stages=[_stage_message(stage) for stage in record.stages if stage.name in STAGE_NAMES],
         error=failure_message(record.error),
@@ -69,17 +69,19 @@ def stage_word(name: gateway_pb2.StageName.ValueType) -> str:
 
 
 def _stage_message(stage: StageRecord) -> gateway_pb2.Stage:
-    message = gateway_pb2.Stage(
-        name=gateway_pb2.StageName.Value(f"STAGE_NAME_{stage.name.upper()}"),
-        state=gateway_pb2.StageState.Value(f"STAGE_STATE_{stage.state}"),
-        progress=progress_message(stage.progress) if stage.progress != Progress() else None,
-        error=failure_message(stage.error),
-        job_id=stage.job_id,
-        reused_from_run=stage.reused_from_run,
-        start_time=timestamp(stage.started_at),
-        end_time=timestamp(stage.ended_at),
-        work_seconds=stage.work_seconds,
+    result = {} if stage.result is None else {f"{stage.name}_result": stage.result}
+    message = from_json(gateway_pb2.Stage, result)
+    message.MergeFrom(
+        gateway_pb2.Stage(
+            name=gateway_pb2.StageName.Value(f"STAGE_NAME_{stage.name.upper()}"),
+            state=gateway_pb2.StageState.Value(f"STAGE_STATE_{stage.state}"),
+            progress=progress_message(stage.progress) if stage.progress != Progress() else None,
+            error=failure_message(stage.error),
+            job_id=stage.job_id,
+            reused_from_run=stage.reused_from_run,
+            start_time=timestamp(stage.started_at),
+            end_time=timestamp(stage.ended_at),
+            work_seconds=stage.work_seconds,
+        )
     )
-    if stage.result is not None:
-        ParseDict({f"{stage.name}_result": dict(stage.result)}, message, ignore_unknown_fields=True)
     return message

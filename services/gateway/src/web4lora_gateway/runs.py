@@ -220,22 +220,30 @@ class RunBook:
         self, run_id: str, change: Callable[[RunRecord], RunRecord], carried: bool, waiting: Waiting | None
     ) -> RunRecord:
         query = sa.select(*_COLUMNS).where(RUNS.c.id == run_id)
-        while True:
-            found = await self._read(query, waiting)
-            if not found:
+
+        def compare_and_set(connection: sa.Connection) -> tuple[RunRecord, bool, int]:
+            """Return the run, whether it is another one now, and how many rows that changed."""
+            row = connection.execute(query).one_or_none()
+            if row is None:
                 raise NotFound(f"There is no run {run_id!r}.", metadata={"run": run_id})
-            before, version = _readable(found[0][0]), found[0][1]
+            before = self._with_progress(_readable(_run(row)))
             record = change(before)
             if record is before:
-                return before
+                return before, False, 0
             statement = (
                 sa.update(RUNS)
-                .where(RUNS.c.id == run_id, RUNS.c.version == version)
-                .values(version=version + 1, **_values(record))
+                .where(RUNS.c.id == run_id, RUNS.c.version == row.version)
+                .values(version=row.version + 1, **_values(record))
             )
             if carried:
                 statement = statement.where(RUNS.c.gateway == self._gateway)
-            if await self._write(statement, waiting):
+            return record, True, connection.execute(statement).rowcount
+
+        while True:
+            record, changed, written = await call(self._engine, compare_and_set, waiting)
+            if not changed:
+                return record
+            if written:
                 break
             if carried:
                 await self._require_carried(run_id, waiting)

@@ -80,6 +80,7 @@ class Scheduler:
     _took: dict[tuple[str, str], float] = field(default_factory=dict)
     _here: dict[str, _Here] = field(default_factory=dict)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _told_at: float = float("-inf")
 
     def __post_init__(self) -> None:
         """Hear of the workers."""
@@ -228,7 +229,7 @@ class Scheduler:
             self._news.clear()
 
     async def schedule(self) -> None:
-        """Give turns out once, and tell everyone here what they wait for."""
+        """Give turns out once, and tell everyone here, at most once a second, what they wait for."""
         places = {place.work: place for place in await self.places.open()}
         workers = await self.crew.states()
 
@@ -252,7 +253,13 @@ class Scheduler:
             elif reason := line().must_leave(found):
                 here.reason = reason
                 here.stop.set()
-        for place, message, seconds in line().told():
+        if time.monotonic() - self._told_at >= _LOOK_SECONDS:
+            self._told_at = time.monotonic()
+            self._tell(line())
+
+    def _tell(self, line: Line) -> None:
+        """Tell everyone here what they wait for; with many in line that is the larger part of the work."""
+        for place, message, seconds in line.told():
             waiting = self._here.get(place.work)
             if waiting is not None and waiting.place.turn is None:
                 waits_for = _waits(message, seconds)

@@ -162,7 +162,7 @@ class RunWorkflow:
         record = await self._change(run_id, begin)
         try:
             await self._patiently(run_id, STAGE_NAMES[0], "room", threaded(self._folder(run_id).begin))
-            await self._write(run_id)
+            await self._write(record)
         except Web4Error as error:
             return ended_by(error)
         await self._log(run_id, f"{run_id} started: {record.pipeline['name']}")
@@ -170,17 +170,19 @@ class RunWorkflow:
 
     async def _plan(self, run_id: str, name: str) -> Plan | Ended:
         """Decide whether a stage runs, and how."""
-        if not (await self.book.get(run_id, _logged(run_id))).stage(name).started_at:
-            self._began[run_id, name] = time.monotonic()
-        record = await self._change(
-            run_id,
-            lambda record: record.with_stage(
+
+        def begin(record: RunRecord) -> RunRecord:
+            started_at = record.stage(name).started_at
+            if not started_at:
+                self._began[run_id, name] = time.monotonic()
+            return record.with_stage(
                 name,
                 state=StageState.RUNNING,
                 progress=Progress(phase="start"),
-                started_at=record.stage(name).started_at or time.time(),
-            ),
-        )
+                started_at=started_at or time.time(),
+            )
+
+        record = await self._change(run_id, begin, name)
         try:
             return await Planner(self.results, self.store, self.workers).plan(
                 record, _stage_of(record, name), lambda who, call: self._patiently(run_id, name, who, call)
@@ -217,12 +219,19 @@ class RunWorkflow:
         )
 
         async def created(worker: Worker, job_id: str) -> None:
-            if (await self.book.get(run_id, _logged(run_id))).stage(name).job_id != job_id:
-                await self._change(run_id, lambda record: record.with_stage(name, job_id=job_id))
+            new = False
+
+            def note(record: RunRecord) -> RunRecord:
+                nonlocal new
+                new = record.stage(name).job_id != job_id
+                return record.with_stage(name, job_id=job_id) if new else record
+
+            await self._change(run_id, note, name)
+            if new:
                 await self._log(run_id, f"{name}: job {job_id} of {worker}")
 
         async def queued(waits: bool) -> None:
-            await self._change(run_id, lambda record: record.queued(name, waits=waits))
+            await self._change(run_id, lambda record: record.queued(name, waits=waits), name)
             if not waits and (run_id, name) in self._began:  # waiting is no work
                 self._began[run_id, name] = time.monotonic()
 
@@ -248,7 +257,7 @@ class RunWorkflow:
                 return record
             return record.with_stage(name, begun=True)
 
-        record = await self._change(record.id, begin)
+        record = await self._change(record.id, begin, name)
         if not record.stage(name).begun:
             return Stopped()
         try:
@@ -317,6 +326,7 @@ class RunWorkflow:
                 reused_from_run=made.run_id if reused else "",
                 ended_at=time.time(),
             ),
+            name,
         )
         done = record.stage(name)
         stage_ended(done)
@@ -324,7 +334,7 @@ class RunWorkflow:
             f"taken over from {made.run_id}" if reused else f"done in {done.ended_at - done.started_at:.1f} s"
         )
         await self._log(run_id, f"{name}: {outcome}")
-        await self._write(run_id)
+        await self._write(record)
         with contextlib.suppress(Cancelled):  # the stage is done, and the run's end publishes too
             await self._patiently(run_id, name, "the artifact store", threaded(folder.publish, pool=BYTES))
 
@@ -342,6 +352,7 @@ class RunWorkflow:
                 ended_at=time.time(),
                 progress=Progress(phase="cancelled", message=note) if note else record.stage(name).progress,
             ),
+            name,
         )
         stage_ended(record.stage(name))
         text = f"failed: {error.message}" if error else f"cancelled. {note}".rstrip()
@@ -383,13 +394,12 @@ class RunWorkflow:
         await self.scheduler.places.forget([run_id])
         return True
 
-    async def _write(self, run_id: str) -> None:
+    async def _write(self, record: RunRecord) -> None:
         """Write run.json as of now; a run must not depend on it, and it is written anew after every stage."""
-        record = await self.book.get(run_id, _logged(run_id))
         try:
-            await asyncio.to_thread(self._folder(run_id).write_facts, run_json(record))
+            await asyncio.to_thread(self._folder(record.id).write_facts, run_json(record))
         except Web4Error as error:
-            log.warning("run %s: run.json is not up to date: %s", run_id, error.message)
+            log.warning("run %s: run.json is not up to date: %s", record.id, error.message)
 
     async def _log(self, run_id: str, line: str) -> None:
         """Add a line to the run's log; a run must not depend on it."""
@@ -403,12 +413,17 @@ class RunWorkflow:
     ) -> Any:
         return await patiently(call, who, self._report(run_id, name), self.book.cancelled(run_id))
 
-    async def _change(self, run_id: str, change: Callable[[RunRecord], RunRecord]) -> RunRecord:
-        """Change a run that is carried on here, waiting for the database as long as it takes."""
-        record = await self.book.get(run_id, _logged(run_id))
-        at_work = (StageState.QUEUED, StageState.RUNNING)
-        running = [stage.name for stage in record.stages if stage.state in at_work]
-        waiting = self._waiting(run_id, running[-1]) if running else _logged(run_id)
+    async def _change(
+        self, run_id: str, change: Callable[[RunRecord], RunRecord], stage: str = ""
+    ) -> RunRecord:
+        """Change a run that is carried on here, waiting for the database as long as it takes.
+
+        Args:
+            run_id: The run.
+            change: Makes the new record from the current one.
+            stage: Whose progress says that the database is waited for; empty: the log does.
+        """
+        waiting = self._waiting(run_id, stage) if stage else _logged(run_id)
         return await self.book.change(run_id, change, carried=True, waiting=waiting)
 
     def _waiting(self, run_id: str, stage: str) -> Waiting:

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from web4lora_chassis.artifacts import open_store
 from web4lora_chassis.errors import InvalidInput
 from web4lora_chassis.jobs import JobContext, Progress, worker_main
+from web4lora_chassis.settings import Settings
 
 sys.stdout.write('loading: a library that prints on import\n["json", "too"]\n')
 sys.stdout.flush()
@@ -38,6 +40,15 @@ def note(context: JobContext) -> Mapping[str, Any]:
 
 def fail(context: JobContext) -> Mapping[str, Any]:
     raise InvalidInput("data.jsonl:3: no answer.", fix="Add one.", reason="NO_ANSWER", metadata={"line": 3})
+
+
+def need_the_store(context: JobContext) -> Mapping[str, Any]:
+    """Ask a store that does not answer, but for the second time."""
+    asked = context.work_dir / "asked"
+    if not asked.exists():
+        asked.touch()
+        open_store(Settings(store=context.spec["store"], s3_access_key="x", s3_secret_key="y")).find("gguf")
+    return {"attempt": context.attempt}
 
 
 def crash(context: JobContext) -> Mapping[str, Any]:
@@ -129,6 +140,7 @@ if __name__ == "__main__":
                 "succeed": succeed,
                 "note": note,
                 "fail": fail,
+                "need_the_store": need_the_store,
                 "crash": crash,
                 "unserializable": unserializable,
                 "leave": leave,

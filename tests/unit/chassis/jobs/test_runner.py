@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -83,6 +84,15 @@ def test_result_progress_and_log(tmp_path: Path) -> None:
     assert JobRecord.load(tmp_path / last.id / "job.json") == last
     assert "this goes to the log" in (tmp_path / last.id / "log.txt").read_text()
     assert not (tmp_path / last.id / "work").exists()
+
+
+def test_a_job_waits_for_a_store_that_is_away(tmp_path: Path) -> None:
+    with socket.socket() as taken:  # and nobody listens on it
+        taken.bind(("127.0.0.1", 0))
+        store = f"s3+http://127.0.0.1:{taken.getsockname()[1]}/bucket"
+        record = asyncio.run(one(tmp_path, "need_the_store", {"store": store}))
+    assert record.state is JobState.SUCCEEDED, record.error
+    assert record.result == {"attempt": 1}
 
 
 def test_errors_of_ours_keep_their_words(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ Advance = Callable[[int], None]
 PART_PREFIX = ".part-"
 """Files whose names begin with this are being written; no reader sees them."""
 
+STORE = "store"
+"""Key in the metadata of an `Unavailable` that is about the store, with its address."""
+
 BUCKET_MISSING = "BUCKET_MISSING"
 """The reason of a `NotFound` that is about the whole store, not about a key."""
 

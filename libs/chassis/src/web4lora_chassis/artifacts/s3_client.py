@@ -15,7 +15,7 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, Retry,
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, MaxRetryError, SSLError
 
-from web4lora_chassis.artifacts.backend import BUCKET_MISSING
+from web4lora_chassis.artifacts.backend import BUCKET_MISSING, STORE
 from web4lora_chassis.errors import (
     FailedPrecondition,
     Internal,
@@ -177,7 +177,7 @@ def _unavailable(url: str, why: str) -> Unavailable:
     return Unavailable(
         f"The artifact store {url} is out of reach: {why}",
         fix="Is it running? The address is in WEB4LORA_STORE. The next try goes on from what was moved.",
-        metadata={"store": url},
+        metadata={STORE: url},
     )
 
 

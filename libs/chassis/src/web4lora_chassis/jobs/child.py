@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from web4lora_chassis.errors import OutOfMemory, Web4Error, disk_error, no_room
+from web4lora_chassis.artifacts.backend import STORE
+from web4lora_chassis.errors import OutOfMemory, Unavailable, Web4Error, disk_error, no_room
 from web4lora_chassis.jobs.record import (
     END_EARLY_FILE,
     LESS_MEMORY,
@@ -33,6 +34,7 @@ from web4lora_chassis.settings import Settings, load
 from web4lora_chassis.telemetry import belongs_to, metrics, start_child, traces
 
 _PROGRESS_INTERVAL_SECONDS = 0.2
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.5, 30.0
 
 
 class _Events:
@@ -151,7 +153,7 @@ def _work(handler: Handler, context: JobContext, events: _Events, log_path: Path
     try:
         try:
             with traces.span("attempt", attempt=context.attempt):
-                result = dict(handler(context))
+                result = dict(_with_the_store(handler, context))
         finally:
             events.finish()
         events.send({"result": result})
@@ -162,6 +164,24 @@ def _work(handler: Handler, context: JobContext, events: _Events, log_path: Path
         events.send({"error": asdict(_failure(error, log_path))})
         return 1
     return 0
+
+
+def _with_the_store(handler: Handler, context: JobContext) -> Mapping[str, Any]:
+    """Call the handler, anew for as long as the artifact store is away: hours of work may be done by then.
+
+    As after a kill of the service, it goes on from what is in its work folder.
+    """
+    delay_seconds = _FIRST_DELAY_SECONDS
+    while True:
+        try:
+            return handler(context)
+        except Unavailable as error:
+            if STORE not in error.metadata:
+                raise
+            why = error.message
+        context.report(Progress(phase="wait", message=f"{why} …"))
+        time.sleep(delay_seconds)
+        delay_seconds = min(2 * delay_seconds, _LONGEST_DELAY_SECONDS)
 
 
 def _failure(error: Exception, log_path: Path) -> JobFailure:

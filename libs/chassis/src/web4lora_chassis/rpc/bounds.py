@@ -216,7 +216,11 @@ def _cut(message: Message, most_bytes: int, items: int) -> None:
 
 
 def _cut_value(value: Any, most_bytes: int) -> Any:
-    if isinstance(value, str) and len(value.encode()) > most_bytes + len(_SHORTENED.encode()):
+    if (
+        isinstance(value, str)
+        and 4 * len(value) > most_bytes
+        and len(value.encode()) > most_bytes + len(_SHORTENED.encode())
+    ):
         return value.encode()[:most_bytes].decode(errors="ignore") + _SHORTENED
     if isinstance(value, bytes) and len(value) > most_bytes:
         return value[:most_bytes]

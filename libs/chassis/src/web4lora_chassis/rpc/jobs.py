@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol, TypeVar
 
 import grpc
-from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from web4.lora.v1 import jobs_pb2, jobs_pb2_grpc
@@ -26,6 +26,7 @@ from web4lora_chassis.jobs import (
 from web4lora_chassis.jobs.child import Handler
 from web4lora_chassis.rpc.auth import caller
 from web4lora_chassis.rpc.bounds import fitting
+from web4lora_chassis.rpc.json_data import from_json, to_json
 
 _MAX_PAGE_SIZE = 1000
 _DEFAULT_PAGE_SIZE = 100
@@ -131,8 +132,8 @@ def job_message(record: JobRecord, notice: str = "") -> jobs_pb2.Job:
         end_time=timestamp(record.ended_at),
         revision=record.revision,
         owner=record.owner,
-        spec=ParseDict({record.kind: record.spec}, jobs_pb2.JobSpec(), ignore_unknown_fields=True),
-        result=ParseDict(result, jobs_pb2.JobResult(), ignore_unknown_fields=True) if result else None,
+        spec=from_json(jobs_pb2.JobSpec, {record.kind: record.spec}),
+        result=from_json(jobs_pb2.JobResult, result) if result else None,
     )
 
 
@@ -225,9 +226,3 @@ def job_process(handlers: Mapping[str, Callable[[Any, JobContext], Message]]) ->
         return work
 
     return worker_main({kind: in_json(kind, handler) for kind, handler in handlers.items()})
-
-
-def to_json(message: Message) -> dict[str, Any]:
-    """Return a message as JSON data with the contract's own field names; absent fields are left out."""
-    data: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
-    return data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from web4.lora.v1 import artifacts_pb2, deployments_pb2, jobs_pb2
 from web4lora_chassis.errors import Internal
 from web4lora_chassis.jobs import JobFailure
-from web4lora_chassis.rpc import failure_of, to_json
+from web4lora_chassis.rpc import failure_of, from_json, to_json
 
 from web4lora_gateway.keys import stage_key
 from web4lora_gateway.outcomes import Decision, Done, Failed
@@ -41,7 +41,7 @@ class Stage(ABC, Generic[R]):
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> R:
         """Return a result's JSON data as its message."""
-        return ParseDict(dict(data), cls.made(), ignore_unknown_fields=True)
+        return from_json(cls.made, data)
 
     def files(self, _result: R) -> tuple[Ref, ...]:
         """Return the artifacts whose files people look for in the run's folder."""
@@ -64,18 +64,18 @@ class Inputs:
     Attributes:
         pipeline: What the run does.
         results: JSON data of the results of the stages before, by name.
-        run_json: The run's facts so far, as run.json holds them.
+        facts: Makes the run's facts so far, as run.json holds them.
     """
 
     pipeline: Pipeline
     results: Mapping[str, Mapping[str, Any]]
-    run_json: str = ""
+    facts: Callable[[], str] = str
 
     @classmethod
-    def of(cls, record: RunRecord, run_json: str = "") -> Inputs:
+    def of(cls, record: RunRecord, facts: Callable[[], str] = str) -> Inputs:
         """Take them from a run."""
         results = {stage.name: stage.result for stage in record.stages if stage.result is not None}
-        return cls(Pipeline.from_json(record.pipeline), results, run_json)
+        return cls(Pipeline.from_json(record.pipeline), results, facts)
 
     def find(self, stage: type[Stage[R]]) -> R | None:
         """Return the result of a stage before, or None."""

@@ -34,7 +34,7 @@ class Verify(JobStage[deployer_pb2.VerifySpec, deployer_pb2.VerifyResult]):
             deployment=inputs.of_stage(Deploy).deployment.id,
             reference=package.reference.artifact,
             verify=inputs.pipeline.verify,
-            run_json=inputs.run_json,
+            run_json=inputs.facts(),
             base_gguf=package.base_gguf if package.HasField("base_gguf") else None,
         )
 
