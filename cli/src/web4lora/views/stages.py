@@ -13,6 +13,7 @@ from web4lora.views.console import BAD, NOTE, OK
 _FIGURES = {
     "loss": ("loss {}", human.loss),
     "held_out_loss": ("held-out {}", human.loss),
+    "probe_score": ("probes {} of 100", human.number),
     "tokens_per_second": ("{} tokens/s", human.number),
     "peak_memory_bytes": ("{} memory", human.size),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from web4lora_chassis.dataset_formats import MESSAGES, as_messages
@@ -25,7 +25,7 @@ _DESCRIBES = frozenset(
         "timestamp", "title", "topic", "updated_at", "url", "uuid", "version",
     }
 )  # fmt: skip
-"""Keys of a row or a message that describe it and are never read here; so do names that end with `_id`."""
+"""Keys of a row or a message that describe it and are never trained on; so do names that end with `_id`."""
 _OTHER_FORMS = {
     "prompt": 'give the "completion" beside it',
     "instruction": 'give the "output" beside it',
@@ -104,6 +104,7 @@ class Row:
             last is the assistant's.
         tools: What the assistant may call, as chat templates take it.
         source_format: The form that it came in, see `dataset_formats`.
+        check: What an answer to it is held to, see `graders`; never trained on. None where there is none.
     """
 
     file: str
@@ -113,6 +114,7 @@ class Row:
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     source_format: str = MESSAGES
+    check: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @property
     def place(self) -> str:
@@ -148,7 +150,11 @@ def read_row(line: bytes, name: str, number: int) -> Row | Problem:
         _check_answers(turns)
     except Wrong as wrong:
         return Problem(name, number, wrong.message, wrong.fix)
-    return Row(name, number, data.get("id", ""), data.get("core", ""), tuple(turns), tools, source_format)
+    check = data.get("check")
+    return Row(
+        name, number, data.get("id", ""), data.get("core", ""), tuple(turns), tools, source_format,
+        check if isinstance(check, dict) else None,
+    )  # fmt: skip
 
 
 def _check_text(data: Mapping[str, Any], key: str) -> None:

@@ -76,6 +76,8 @@ def _train(result: trainer_pb2.TrainResult) -> dict[str, Any]:
         "held_out_loss": result.held_out_loss if result.HasField("held_out_loss") else None,
         "verdict": result.verdict,
         "steps": result.steps,
+        "exported_step": result.exported_step or None,
+        "probe_score": result.probe_score if result.HasField("probe_score") else None,
         "tokens_per_second": result.tokens_per_second,
         "seconds": result.seconds,
         "device": result.device,

@@ -167,10 +167,8 @@ def _arguments(plan: TrainPlan, settings: TrainSettings, checkpoints: Path, *, m
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=plan.checkpoint_steps,
-        save_total_limit=2,
+        save_total_limit=3 if measured else 2,  # the best, and two to go on from
         eval_strategy="no",
-        metric_for_best_model="eval_loss" if measured else None,
-        greater_is_better=False if measured else None,
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         dataloader_pin_memory=False,

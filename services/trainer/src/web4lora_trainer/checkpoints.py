@@ -58,6 +58,11 @@ def last_whole_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | N
     return whole
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is as it was saved."""
+    return _problem(checkpoint) is None
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the step after which a checkpoint was saved; -1 for a folder that is none."""
     number = checkpoint.name.rsplit("-", 1)[1]

@@ -23,6 +23,7 @@ from web4lora_chassis.model_files.trained_conversations import (
 from web4lora_trainer.encoding import Encoded
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
 _SHORT_TOKENS = 512
@@ -51,6 +52,36 @@ def export_adapter(
         DataLoss: A weight is not finite.
     """
     import torch
+
+    tensors = _write_adapter(model, base_source, base_revision, target)
+    if write_bin:
+        torch.save(dict(tensors), target / "adapter_model.bin")
+    for name in TOKENIZER_FILES:
+        if (base_folder / name).is_file():
+            shutil.copyfile(base_folder / name, target / name)
+
+
+def export_last(model: PeftModel, base_source: str, base_revision: str, target: Path, step: int) -> None:
+    """Write the adapter of the last step into `checkpoint-STEP`, for a training whose best step is another.
+
+    Args:
+        model: The model as the training left it.
+        base_source: See `export_adapter`.
+        base_revision: See `export_adapter`.
+        target: The output folder.
+        step: The last one.
+
+    Raises:
+        DataLoss: A weight is not finite.
+    """
+    _write_adapter(model, base_source, base_revision, target / f"checkpoint-{step}")
+
+
+def _write_adapter(
+    model: PeftModel, base_source: str, base_revision: str, target: Path
+) -> dict[str, torch.Tensor]:
+    """Write adapter_model.safetensors and adapter_config.json; return the tensors."""
+    import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -67,15 +98,11 @@ def export_adapter(
             reason="ADAPTER_NOT_FINITE",
         )
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
-    if write_bin:
-        torch.save(dict(tensors), target / "adapter_model.bin")
     config = model.peft_config["default"].to_dict()
     config.update(base_model_name_or_path=base_source, revision=base_revision or None, inference_mode=True)
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
     (target / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if (base_folder / name).is_file():
-            shutil.copyfile(base_folder / name, target / name)
+    return tensors
 
 
 def export_state(state: Mapping[str, Any], target: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from web4lora_chassis.pipeline.train import LossBand
 
+from web4lora_trainer.probes import ProbeRow
+
 COLUMNS = (
     "step", "epoch", "loss", "answer_tokens", "held_out_loss", "learning_rate", "grad_norm", "tokens",
     "tokens_per_second", "seconds",
@@ -193,14 +195,23 @@ def _mean(rows: Sequence[LossRow]) -> tuple[float, float]:
     return mean, math.sqrt(spread) / tokens
 
 
-def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path) -> None:
-    """Draw training, smoothed and held-out loss over the steps, with the band shaded.
+def plot_losses(
+    rows: Sequence[LossRow],
+    band: LossBand,
+    title: str,
+    path: Path,
+    probes: Sequence[ProbeRow] = (),
+    exported_step: int = 0,
+) -> None:
+    """Draw training, smoothed and held-out loss over the steps, with the band shaded, and what probes scored.
 
     Args:
         rows: The steps.
         band: Where the loss should settle.
         title: Above the plot, broken into lines that fit.
         path: The PNG to write.
+        probes: Their scores have an axis of their own; may be empty.
+        exported_step: Marked; 0 marks none.
     """
     from matplotlib.figure import Figure
 
@@ -241,7 +252,19 @@ def plot_losses(rows: Sequence[LossRow], band: LossBand, title: str, path: Path)
     axes.set_ylabel("cross entropy per answer token (nats)")
     axes.set_title(textwrap.fill(title, _TITLE_CHARACTERS), fontsize=11)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if exported_step:
+        axes.axvline(exported_step, color="#6a1b9a", lw=1.0, ls=":", label=f"exported: step {exported_step}")
+    handles, labels = axes.get_legend_handles_labels()
+    if probes:
+        scores = axes.twinx()
+        scores.plot(
+            [row.step for row in probes], [row.score for row in probes], "s-", color="#6a1b9a", label="probes"
+        )
+        scores.set_ylim(0, 105)
+        scores.set_ylabel("probes: checks passed (of 100)")
+        more = scores.get_legend_handles_labels()
+        handles, labels = [*handles, *more[0]], [*labels, *more[1]]
+    axes.legend(handles, labels, frameon=False)
     part = path.with_name(f".part-{path.name}")
     figure.savefig(part, format="png", metadata={"Software": None})
     os.replace(part, path)

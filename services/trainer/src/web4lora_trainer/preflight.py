@@ -32,7 +32,10 @@ _MLP_TENSORS = 6
 _TRAINING_EFFICIENCY = 0.62
 """Share of the measured matmul rate that a training step reaches; measured on SmolLM2, 2 cores, fp32."""
 _HEADROOM = 0.92
-_CHECKPOINTS_KEPT = 2
+_CHECKPOINTS_KEPT = 3
+"""The best, and two to go on from."""
+_CACHE_SHARE = 0.5
+"""Of the memory of a step's activations, which are not there while answers are written."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,28 @@ def peak_memory_bytes(
     adapter = adapter_parameters(decoder, settings) * _ADAPTER_BYTES_PER_PARAMETER
     runtime = _RUNTIME_BYTES if device.kind != "cuda" else 600_000_000
     return runtime + decoder.parameters * number + adapter + activations + head
+
+
+def probed_tokens(decoder: Decoder, settings: TrainSettings, tokens: int, *, checkpointing: bool) -> int:
+    """Return how many tokens may be written and read at once without more memory than a training step takes.
+
+    A token that is written keeps keys and values of every layer, one that is trained on its activations; see
+    `peak_memory_bytes`.
+
+    Args:
+        decoder: The base model.
+        settings: How to train.
+        tokens: Those of a training step at once.
+        checkpointing: Whether its activations are computed twice.
+    """
+    config = decoder.text_config
+    hidden, heads = decoder.hidden_size, int(config.get("num_attention_heads", 1))
+    head_size = int(config.get("head_dim") or hidden // heads)
+    cached = decoder.layers * 2 * int(config.get("num_key_value_heads") or heads) * head_size
+    a_layer = _RESIDUAL_TENSORS * hidden + _MLP_TENSORS * int(config.get("intermediate_size", 4 * hidden))
+    layers = trained_layers(decoder, settings)
+    kept = layers * hidden + a_layer if checkpointing else layers * a_layer
+    return int(tokens * kept * _CACHE_SHARE / cached)
 
 
 def training_flops(

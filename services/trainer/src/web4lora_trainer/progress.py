@@ -13,8 +13,19 @@ from transformers import TrainerCallback
 from web4lora_chassis.pipeline.train import TrainSettings
 
 from web4lora_trainer.loss_report import LossLog, LossRow
+from web4lora_trainer.probes import (
+    PaceFile,
+    ProbeLog,
+    ProbeRow,
+    best_probe,
+    decide_pace,
+    first_step,
+    spread,
+    stalled,
+)
 
 if TYPE_CHECKING:
+    from web4lora_trainer.probing import Prober
     from web4lora_trainer.sft import AnswerTrainer
 
 _RECENT_STEPS = 20
@@ -30,6 +41,7 @@ class TrainProgress:
         total_steps: All of them.
         loss: Of the last step; None before the first.
         held_out_loss: The last one measured, or None.
+        probe_score: Of the last probe, of 100; None before the first.
         tokens_per_second: Non-padding tokens through the model in a second of training.
         seconds_left: Estimated from the steps so far.
         resumed_step: The checkpoint's step that this attempt went on from.
@@ -41,6 +53,7 @@ class TrainProgress:
     total_steps: int = 0
     loss: float | None = None
     held_out_loss: float | None = None
+    probe_score: float | None = None
     tokens_per_second: float = 0.0
     seconds_left: float = 0.0
     resumed_step: int = 0
@@ -60,6 +73,9 @@ class StepReporter(TrainerCallback):
         settings: How often the held-out loss is measured.
         report: The caller's callback.
         end_early: Asked after every step: whether the training is to end here, exported as it is then.
+        probe_log: Where probes go.
+        pace: Where it is kept how often the training is probed.
+        note: Told what deserves a look.
     """
 
     def __init__(
@@ -70,14 +86,21 @@ class StepReporter(TrainerCallback):
         settings: TrainSettings,
         report: Report,
         end_early: Callable[[], bool],
+        probe_log: ProbeLog,
+        pace: PaceFile,
+        note: Callable[[str], None],
     ) -> None:
         self._log = log
+        self._probe_log = probe_log
+        self._pace_file = pace
+        self._pace = pace.read()
+        self._note = note
+        self._patience = settings.patience
         self._total = total_steps
         self._resumed_step = resumed_step
         self._report = report
         self._end_early = end_early
-        count = min(settings.held_out_evaluations, total_steps)
-        self._measure_at = {round(total_steps * (index + 1) / count) for index in range(count)}
+        self._measure_at = spread(total_steps, settings.held_out_evaluations)
         before = log.rows[-1] if log.rows else None
         self._tokens = before.tokens if before else 0
         self._seconds = self._seconds_before = before.seconds if before else 0.0
@@ -85,13 +108,41 @@ class StepReporter(TrainerCallback):
             (row.held_out_loss for row in reversed(log.rows) if row.held_out_loss is not None), None
         )
         self._trainer: AnswerTrainer | None = None
+        self._prober: Prober | None = None
+        self._probe_due = False
         self._pending: LossRow | None = None
         self._step_began = 0.0
         self._seen = (0, 0)
 
-    def watch(self, trainer: AnswerTrainer) -> None:
-        """Say whose tokens to count."""
-        self._trainer = trainer
+    def watch(self, trainer: AnswerTrainer, prober: Prober | None) -> None:
+        """Say whose tokens to count, and who asks the probes."""
+        self._trainer, self._prober = trainer, prober
+
+    @property
+    def probe_rows(self) -> list[ProbeRow]:
+        """The probes made where they were planned, and behind the last step."""
+        steps = self._pace.steps(self._total) if self._pace else frozenset()
+        last = self._log.rows[-1].step if self._log.rows else 0
+        return [row for row in self._probe_log.rows if row.step in steps or row.step == last]
+
+    @property
+    def best_step(self) -> int:
+        """The step to export: by probes, else by held-out loss, else the last."""
+        if (best := best_probe(self.probe_rows)) is not None:
+            return best.step
+        last = self._log.rows[-1].step
+        measured = [
+            (row.held_out_loss, -row.step)
+            for row in self._log.rows
+            if row.held_out_loss is not None and (row.step in self._measure_at or row.step == last)
+        ]
+        finite = [each for each in measured if math.isfinite(each[0])]
+        return -min(finite)[1] if finite else last
+
+    @property
+    def stalled(self) -> bool:
+        """Neither score nor held-out loss got better for as long as patience has it."""
+        return stalled(self.probe_rows, self._patience)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start the step's clock."""
@@ -136,16 +187,54 @@ class StepReporter(TrainerCallback):
         if ends:
             control.should_training_stop = control.should_save = True
         if self._trainer is not None and self._trainer.eval_dataset is not None:
-            control.should_evaluate = ends or state.global_step in self._measure_at
+            self._probe_due = self._probes_at(state.global_step, ends=ends)
+            control.should_evaluate = ends or self._probe_due or state.global_step in self._measure_at
+            if control.should_evaluate:  # what is measured may be what is exported
+                control.should_save = True
         return control
 
-    def on_evaluate(self, *_: Any, metrics: dict[str, float] | None = None, **__: Any) -> None:
-        """Add the held-out loss to the step's row."""
+    def _probes_at(self, step: int, *, ends: bool) -> bool:
+        """Tell whether a probe is due behind a step; behind the first tenth settle how often."""
+        if self._prober is None or step < first_step(self._total):
+            return False
+        if self._pace is None:
+            assert self._trainer is not None
+            began = time.perf_counter()
+            a_step = (self._seconds + began - self._step_began) / step
+            a_token = a_step * step / max(self._tokens + self._trainer.tokens_seen - self._seen[0], 1)
+            self._pace = decide_pace(
+                self._total,
+                self._prober.seconds(),
+                a_step * self._total,
+                a_token * self._trainer.held_out_tokens,  # a forward pass alone costs less
+                self._measure_at,
+            )
+            self._pace_file.write(self._pace)
+            if self._pace.words:
+                self._note(self._pace.words)
+            self._step_began += time.perf_counter() - began
+        return bool(self._pace.times) and (ends or step in self._pace.steps(self._total))
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> Any:
+        """Add the held-out loss to the step's row, and what the probes found, before the step is saved."""
         self._held_out = (metrics or {}).get("eval_loss")
         row, self._pending = self._pending, None
-        if row is not None:
+        if row is None:
+            return control
+        self._report_row(row)
+        self._log.append(replace(row, held_out_loss=self._held_out))
+        if self._probe_due and self._prober is not None:
+            began = time.perf_counter()
+            results = self._prober.ask()
+            loss = math.nan if self._held_out is None else self._held_out
+            self._probe_log.append(ProbeRow.of(row.step, results, loss, time.perf_counter() - began))
             self._report_row(row)
-            self._log.append(replace(row, held_out_loss=self._held_out))
+        state.best_global_step = self.best_step  # whose checkpoint transformers then keeps
+        if row.step < self._total and self.stalled:
+            control.should_training_stop = True
+        return control
 
     def _report_row(self, row: LossRow) -> None:
         recent = [*self._log.rows[-_RECENT_STEPS:], row]
@@ -161,8 +250,15 @@ class StepReporter(TrainerCallback):
                 total_steps=self._total,
                 loss=row.loss,
                 held_out_loss=self._held_out,
+                probe_score=self._probe_log.rows[-1].score if self._probe_log.rows else None,
                 tokens_per_second=rate,
-                seconds_left=per_step * (self._total - row.step),
+                seconds_left=per_step * (self._total - row.step) + self._probes_left(row.step),
                 resumed_step=self._resumed_step,
             )
         )
+
+    def _probes_left(self, step: int) -> float:
+        """Return the seconds that probes still take, at most."""
+        if self._pace is None:
+            return 0.0
+        return self._pace.probe_seconds * sum(each > step for each in self._pace.steps(self._total))

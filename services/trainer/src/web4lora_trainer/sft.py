@@ -12,9 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset as TokenDataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -190,7 +193,7 @@ class AnswerTrainer(SFTTrainer):
         base: Any = self.peft_model.get_base_model()
         labels = inputs["labels"][:, 1:]
         counted = labels != IGNORED
-        with self._autocast():
+        with self.autocast():
             states = base.get_decoder()(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             ).last_hidden_state
@@ -198,7 +201,7 @@ class AnswerTrainer(SFTTrainer):
             loss = AnswerLoss.apply(states[:, :-1][counted], head.weight, head.bias, labels[counted])
         return loss, int(counted.sum())
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in the base's 16-bit format, with the adapter's weights kept in fp32."""
         device = self._plan.device
         if device.dtype == "fp32":
@@ -215,7 +218,7 @@ class AnswerTrainer(SFTTrainer):
         ids = torch.arange(5, 13, device=self.args.device).unsqueeze(0) % base.config.vocab_size
         mask = torch.ones_like(ids)
         self.peft_model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             expected = base(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
             states = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             head = base.get_output_embeddings()
@@ -229,6 +232,12 @@ class AnswerTrainer(SFTTrainer):
                 reason="ARCHITECTURE_UNSUPPORTED",
             )
 
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens of the held-out rows that are measured on."""
+        rows: Any = self.eval_dataset
+        return sum(map(len, rows["input_ids"])) if rows is not None else 0
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -238,7 +247,8 @@ class AnswerTrainer(SFTTrainer):
         """Measure the held-out loss, each labelled token weighing the same."""
         self.peft_model.eval()
         total, tokens = 0.0, 0
-        with torch.no_grad():
+        # A loader draws a number when its batches begin, and dropout would go on from another one.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for batch in self.get_eval_dataloader(eval_dataset):
                 loss, count = self._summed_loss(self._prepare_inputs(batch))
                 total, tokens = total + loss.item(), tokens + count
@@ -303,6 +313,17 @@ class AnswerTrainer(SFTTrainer):
         if self._plan.device.dtype == "fp16":
             (folder / _SCALE_FILE).write_text(json.dumps(self.token_scale), encoding="utf-8")
         seal(folder)
+
+    def load_adapter(self, checkpoint: Path) -> None:
+        """Put a checkpoint's adapter into the model."""
+        tensors = load_file(checkpoint / SAFETENSORS_WEIGHTS_NAME)
+        found: Any = set_peft_model_state_dict(self.peft_model, tensors)
+        assert not found.unexpected_keys, found.unexpected_keys
+
+    def take_over(self, checkpoint: Path) -> None:
+        """Be as the training was at a checkpoint; it makes no further step."""
+        self.load_adapter(checkpoint)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load what a resumed training goes on with, fp16's scale too."""

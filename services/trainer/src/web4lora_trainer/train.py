@@ -18,19 +18,21 @@ from web4lora_chassis.pipeline.train import TrainSettings
 from web4lora_trainer.assemble import assemble
 from web4lora_trainer.base_check import context_tokens
 from web4lora_trainer.base_model import load_tokenizer
-from web4lora_trainer.checkpoints import last_whole_checkpoint, step_of
+from web4lora_trainer.checkpoints import is_whole, last_whole_checkpoint, step_of
 from web4lora_trainer.decoder import Decoder, read_decoder
 from web4lora_trainer.device import Device, choose_device, require_one_process
 from web4lora_trainer.encoding import EncodedRows
-from web4lora_trainer.export import export_adapter, export_conversations, export_state
+from web4lora_trainer.export import export_adapter, export_conversations, export_last, export_state
 from web4lora_trainer.ladder import Ladder, Rung, rungs
 from web4lora_trainer.loss_report import LossLog, judge, plot_losses
 from web4lora_trainer.plan import PlanFile, TrainPlan, make_plan, plan_key, rows_order
-from web4lora_trainer.preflight import estimate, require_memory
+from web4lora_trainer.preflight import estimate, probed_tokens, require_memory
+from web4lora_trainer.probes import CSV_FILE, PaceFile, ProbeLog, ProbeRow, Probes, choose_probes
 from web4lora_trainer.progress import Report, StepReporter, TrainProgress
 from web4lora_trainer.rows import encode_dataset, sampled
 
 if TYPE_CHECKING:
+    from web4lora_trainer.probing import Prober
     from web4lora_trainer.sft import AnswerTrainer, NonFiniteLoss
 
 _MEMORY_ERRORS = ("out of memory", "invalid buffer size", "can't allocate memory", "not enough memory")
@@ -72,6 +74,8 @@ class TrainOutcome:
         rows_too_long: Rows left out.
         events: What happened to the training, in words: less memory, another number format.
         ended_early: It made fewer steps than planned, on request.
+        exported_step: The step whose adapter is in `files`: the best one, which need not be the last.
+        probe_score: What its probe scored, of 100; None when nothing was probed.
     """
 
     files: Mapping[str, Path] = field(repr=False)
@@ -88,6 +92,8 @@ class TrainOutcome:
     rows_too_long: int
     events: tuple[str, ...] = ()
     ended_early: bool = False
+    exported_step: int = 0
+    probe_score: float | None = None
 
 
 def train(
@@ -134,8 +140,10 @@ def train(
     decoder = read_decoder(base.folder)
     settings = settings.for_model(context_tokens(base.folder))
     decoder.adapted(settings.lora)
-    rows, held_out = encode_dataset(settings, dataset, load_tokenizer(base.folder), _rendered_at(work_dir))
-    key = plan_key(settings, rows, held_out, (base.source, base.revision, base.digest))
+    tokenizer = load_tokenizer(base.folder)
+    rows, held_out = encode_dataset(settings, dataset, tokenizer, _rendered_at(work_dir))
+    probes = choose_probes(held_out, settings.probes, settings.seed, tokenizer)
+    key = plan_key(settings, rows, held_out, (base.source, base.revision, base.digest, probes.digest))
     plan = file.read(key)
     if plan is not None and plan.order != rows_order(rows, settings, plan.device):
         plan = None
@@ -154,7 +162,8 @@ def train(
             file.note(f"memory ran out: the planned steps go on with {rung}")
         try:
             return _Run(
-                settings, decoder, rows, measured, base, plan, rung, file, work_dir, report, end_early, start
+                settings, decoder, rows, measured, probes, base, plan, rung, file, work_dir, report,
+                end_early, start,
             ).make()  # fmt: skip
         except NonFiniteLoss as error:
             if error.step > PROBE_STEPS or (safer := device.fallback()) is None:
@@ -167,6 +176,7 @@ def train(
             )
             device, plan = safer, None
             shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)
+            PaceFile(work_dir).forget()
         except (RuntimeError, MemoryError) as error:
             if not _is_memory_error(error):
                 raise
@@ -210,6 +220,7 @@ def _clear(work_dir: Path, file: PlanFile) -> None:
     if any((work_dir / "checkpoints").glob("checkpoint-*")):
         file.note("the checkpoints found belong to another plan: the training starts anew")
     shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)
+    PaceFile(work_dir).forget()
 
 
 def _not_in(device: Device, safer: Device, error: NonFiniteLoss) -> FailedPrecondition:
@@ -252,6 +263,7 @@ class _Run:
         decoder: Decoder,
         rows: EncodedRows,
         held_out: EncodedRows,
+        probes: Probes,
         base: Base,
         plan: TrainPlan,
         rung: Rung,
@@ -265,6 +277,7 @@ class _Run:
         self._decoder = decoder
         self._rows = rows
         self._held_out = held_out
+        self._probes = probes
         self._base = base
         self._plan = plan
         self._rung = rung
@@ -272,6 +285,8 @@ class _Run:
         self._checkpoints = work_dir / "checkpoints"
         self._output = work_dir / "output"
         self._losses = work_dir / "loss.csv"
+        self._probe_rows = work_dir / CSV_FILE
+        self._pace = PaceFile(work_dir)
         self._report = report
         self._end_early = end_early
         self._start = start
@@ -283,26 +298,64 @@ class _Run:
         resumed_step = step_of(resume) if resume else 0
         log = LossLog(self._losses, resumed_step)
         try:
-            reporter = StepReporter(log, steps, resumed_step, self._settings, self._report, self._end_early)
+            reporter = StepReporter(
+                log, steps, resumed_step, self._settings, self._report, self._end_early,
+                ProbeLog(self._probe_rows, resumed_step), self._pace, self._file.note,
+            )  # fmt: skip
             trainer = assemble(
                 self._plan, self._rung, self._settings, self._decoder,
                 self._rows.rows, self._held_out.rows, self._checkpoints, [reporter],
                 self._start,
             )  # fmt: skip
-            reporter.watch(trainer)
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            reporter.watch(trainer, self._prober(trainer))
+            if resume is not None and reporter.stalled:  # killed between its end and its export
+                trainer.take_over(resume)
+            else:
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             log.close()
         step, events = log.rows[-1].step, list(self._file.events)
-        if step < steps:  # no word for the plan's file: the training may go on from here
+        if reporter.stalled and step < steps:
+            events.append(
+                f"ended at step {step} of {steps}: neither score nor held-out loss got better in "
+                f"{self._settings.patience} probes"
+            )
+        elif step < steps:  # no word for the plan's file: the training may go on from here
             events.append(f"ended early at step {step} of {steps} on request")
         self._report(TrainProgress("export", step, steps, note=events[-1] if step < steps else ""))
-        return self._export(trainer, log, events)
+        return self._export(trainer, log, reporter, events)
 
-    def _export(self, trainer: AnswerTrainer, log: LossLog, events: Sequence[str]) -> TrainOutcome:
+    def _prober(self, trainer: AnswerTrainer) -> Prober | None:
+        """Return who asks the probes; None when there are none."""
+        from web4lora_trainer.probing import Prober
+
+        if not self._probes.prompts:
+            return None
+        tokens = probed_tokens(
+            self._decoder, self._settings, self._rung.tokens, checkpointing=self._rung.checkpointing
+        )
+        return Prober(trainer, load_tokenizer(self._base.folder), self._probes, tokens)
+
+    def _take_best(self, trainer: AnswerTrainer, best: int, last: int, events: list[str]) -> int:
+        """Put the best step's adapter into the model, keep the last one's beside it; return the step."""
+        if best == last:
+            return last
+        checkpoint = self._checkpoints / f"checkpoint-{best}"
+        if not is_whole(checkpoint):
+            events.append(f"the checkpoint of step {best}, the best, is not whole: the last step is exported")
+            return last
+        export_last(trainer.peft_model, self._base.source, self._base.revision, self._output, last)
+        trainer.load_adapter(checkpoint)
+        return best
+
+    def _export(
+        self, trainer: AnswerTrainer, log: LossLog, reporter: StepReporter, events: list[str]
+    ) -> TrainOutcome:
         settings, output = self._settings, self._output
         shutil.rmtree(output, ignore_errors=True)
         (output / "logs").mkdir(parents=True)
+        last = log.rows[-1]
+        exported = self._take_best(trainer, reporter.best_step, last.step, events)
         export_adapter(
             trainer.peft_model,
             self._base.source,
@@ -316,9 +369,12 @@ class _Run:
         shutil.copyfile(self._losses, output / "logs" / "loss.csv")
         held_out = [row.held_out_loss for row in log.rows if row.held_out_loss is not None]
         verdict = judge(log.rows, held_out, settings.loss_band)
+        probed = reporter.probe_rows
+        if probed:
+            shutil.copyfile(self._probe_rows, output / "logs" / CSV_FILE)
+        words = f"{verdict.words}; {self._exported_words(exported, last.step, probed)}"
         title = f"LoRA on {self._base.source}: {verdict.words.split(';')[0]}"
-        plot_losses(log.rows, settings.loss_band, title, output / "logs" / "loss.png")
-        last = log.rows[-1]
+        plot_losses(log.rows, settings.loss_band, title, output / "logs" / "loss.png", probed, exported)
         files = {
             path.relative_to(output).as_posix(): path for path in sorted(output.rglob("*")) if path.is_file()
         }
@@ -327,7 +383,7 @@ class _Run:
             final_loss=verdict.final_loss,
             held_out_loss=held_out[-1] if held_out else None,
             settled=verdict.settled,
-            verdict=verdict.words,
+            verdict=words,
             steps=last.step,
             tokens_per_second=last.tokens / max(last.seconds, 1e-9),
             seconds=last.seconds,
@@ -338,5 +394,22 @@ class _Run:
             ),
             rows_too_long=self._rows.rows_too_long,
             events=tuple(events),
-            ended_early=last.step < self._plan.steps,
+            ended_early=last.step < self._plan.steps and not reporter.stalled,
+            exported_step=exported,
+            probe_score=next((row.score for row in probed if row.step == exported), None),
         )
+
+    def _exported_words(self, exported: int, last: int, probed: Sequence[ProbeRow]) -> str:
+        """Say which step was exported, and why."""
+        step = f"exported is step {exported} of {last}"
+        if probed:
+            scores = " → ".join(f"{row.score:.0f}" for row in probed)
+            return f"{step}, by {len(probed)} probes of {probed[-1].prompts} prompts: {scores} of 100"
+        pace = self._pace.read()
+        why = self._probes.left_out
+        if pace is not None and not pace.times:
+            why = "probes would take too long"
+        elif self._probes.prompts:
+            why = "it ended before the first probe"
+        by = "by held-out loss" if exported != last else "the last"
+        return f"{step}, {by}: not probed, {why or 'no held-out row fits'}"

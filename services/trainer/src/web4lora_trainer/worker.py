@@ -200,6 +200,9 @@ def run_train(spec: trainer_pb2.TrainSpec, context: JobContext) -> trainer_pb2.T
     )
     if outcome.held_out_loss is not None:
         result.held_out_loss = outcome.held_out_loss
+    result.exported_step = outcome.exported_step
+    if outcome.probe_score is not None:
+        result.probe_score = outcome.probe_score
     return result
 
 
@@ -234,6 +237,7 @@ def _progress(progress: TrainProgress) -> Progress:
         for name, value in (
             ("loss", progress.loss),
             ("held_out_loss", progress.held_out_loss),
+            ("probe_score", progress.probe_score),
             ("tokens_per_second", progress.tokens_per_second or None),
         )
         if value is not None and math.isfinite(value)
@@ -243,6 +247,8 @@ def _progress(progress: TrainProgress) -> Progress:
         parts.append(f"loss {progress.loss:.2f}")
     if progress.held_out_loss is not None:
         parts.append(f"held-out {progress.held_out_loss:.2f}")
+    if progress.probe_score is not None:
+        parts.append(f"probes {progress.probe_score:.0f} of 100")
     if progress.tokens_per_second:
         parts.append(f"{progress.tokens_per_second:.0f} tokens/s")
     if progress.resumed_step:

@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from web4lora_chassis.graders import GRADERS, grade_end
+from web4lora_chassis.graders.check import Check
 from web4lora_deployer.report import Measured, ReportFacts, ServedModel
 from web4lora_deployer.suite import Answer, Budgets, Latency, Reply, Suite, SuiteResult, load_suite
-from web4lora_deployer.suite.check import Check
-from web4lora_deployer.suite.graders import GRADERS, grade_end
 
 RUN = {
     "run_id": "run_2026-11-22_1",

@@ -10,12 +10,12 @@ from typing import Any
 import jsonschema
 import pytest
 from PIL import Image
+from web4lora_chassis.graders.tool_call import ANY_CALL, grade_constrained
 from web4lora_deployer.report import Comparison, Difference, ReportFacts, SpeedLimit, write_reports
 from web4lora_deployer.report.eval_json import eval_json
 from web4lora_deployer.report.facts import summarize
 from web4lora_deployer.report.markdown import eval_log
 from web4lora_deployer.suite import Answer, Budgets, Reply, State
-from web4lora_deployer.suite.tool_call import ANY_CALL, grade_constrained
 
 from tests.unit.deployer.report.conftest import answers
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from web4lora_chassis.errors import InvalidInput
+from web4lora_chassis.graders.check import Check
 from web4lora_deployer.suite import (
     Answer,
     Budgets,
@@ -21,7 +22,6 @@ from web4lora_deployer.suite import (
     state_of,
     verdict,
 )
-from web4lora_deployer.suite.check import Check
 
 NOTHING = Measurements(None, None, None)
 

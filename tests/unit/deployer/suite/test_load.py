@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from web4lora_chassis.errors import InvalidInput, NotFound
+from web4lora_chassis.graders.tool_call import ANY_CALL
 from web4lora_deployer.suite import load_suite
-from web4lora_deployer.suite.tool_call import ANY_CALL
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "web4"
 SUITE = """name: mine
@@ -60,7 +60,7 @@ def test_the_sample_suite() -> None:
 
 
 def test_the_rule_file_of_the_sample_holds_the_defaults() -> None:
-    from web4lora_deployer.suite.style import StyleRules
+    from web4lora_chassis.graders.style import StyleRules
 
     assert load_suite(EXAMPLES).core("style").rules == StyleRules()
 

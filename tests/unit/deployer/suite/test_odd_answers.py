@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 from web4lora_chassis.errors import InvalidInput, Unavailable
+from web4lora_chassis.graders import GRADERS
+from web4lora_chassis.graders.style import StyleRules
 from web4lora_deployer.report import Measured, ReportFacts, ServedModel, write_reports
 from web4lora_deployer.suite import Endpoint, Suite, SuiteResult, load_suite, run_suite
 from web4lora_deployer.suite.chat import ChatClient
-from web4lora_deployer.suite.graders import GRADERS
-from web4lora_deployer.suite.style import StyleRules
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "web4"
 HI = [{"role": "user", "content": "Hi"}]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from web4lora_chassis.errors import FailedPrecondition
+from web4lora_chassis.graders.tool_call import ANY_CALL
 from web4lora_chassis.jobs import Progress
 from web4lora_deployer.suite import Endpoint, Suite, load_suite, run_suite, score_suite
-from web4lora_deployer.suite.tool_call import ANY_CALL
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "web4"
 

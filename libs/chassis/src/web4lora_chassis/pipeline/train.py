@@ -146,6 +146,8 @@ class TrainSettings(StageSettings):
     seed: int = setting(Number(17, low=0, high=(1 << 32) - 1))
     checkpoint_steps: int = setting(Number(0, low=0, high=10_000_000))
     held_out_evaluations: int = setting(Number(4, low=0, high=1000))
+    probes: int = setting(Number(24, low=0, high=1000))
+    patience: int = setting(Number(3, low=0, high=10))
     loss_band: LossBand = field(default_factory=LossBand)
     write_bin: bool = setting(Flag(True))
     max_grad_norm: float = setting(Number(1.0, above=0, high=1e6))

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import httpx2
 from web4lora_chassis.errors import FailedPrecondition, InvalidInput, Unavailable
+from web4lora_chassis.graders.check import shorten
 
-from web4lora_deployer.suite.check import shorten
 from web4lora_deployer.suite.result import Reply
 from web4lora_deployer.suite.stream import Bounds, Garbled, read_answer, read_error
 

@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from web4lora_chassis.errors import InvalidInput, NotFound
+from web4lora_chassis.graders import GRADERS
+from web4lora_chassis.graders.check import shorten
+from web4lora_chassis.graders.style import RULE_NAMES, StyleRules
+from web4lora_chassis.graders.tool_call import ANY_CALL
 
-from web4lora_deployer.suite.check import shorten
-from web4lora_deployer.suite.graders import GRADERS
 from web4lora_deployer.suite.problems import Problems
 from web4lora_deployer.suite.prompts import read_prompts
 from web4lora_deployer.suite.spec import Core, LatencySpec, Prompt, RobustnessSpec, Suite
 from web4lora_deployer.suite.strict_yaml import StrictModel, read_yaml
-from web4lora_deployer.suite.style import RULE_NAMES, StyleRules
-from web4lora_deployer.suite.tool_call import ANY_CALL
 
 SUITE_FILE = "suite.yaml"
 _BESIDE = "Put the file beside suite.yaml, or below it."

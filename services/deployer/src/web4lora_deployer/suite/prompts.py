@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from web4lora_chassis.errors import InvalidInput
+from web4lora_chassis.graders import Grader
+from web4lora_chassis.graders.check import shorten
 from web4lora_chassis.jsonl import Problem, Wrong, parse_object, read_lines
 
-from web4lora_deployer.suite.check import shorten
-from web4lora_deployer.suite.graders import Grader
 from web4lora_deployer.suite.problems import Problems
 from web4lora_deployer.suite.spec import Prompt
 

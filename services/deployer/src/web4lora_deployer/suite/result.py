@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from web4lora_deployer.suite.check import Check
+from web4lora_chassis.graders.check import Check
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from web4lora_deployer.suite.check import Check, check
-from web4lora_deployer.suite.graders import grade_end
+from web4lora_chassis.graders import grade_end
+from web4lora_chassis.graders.check import Check, check
+
 from web4lora_deployer.suite.result import Answer, Reply
 from web4lora_deployer.suite.spec import Prompt, RobustnessSpec
 

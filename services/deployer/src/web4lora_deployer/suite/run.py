@@ -8,16 +8,16 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from threading import Lock
 
 from web4lora_chassis.errors import FailedPrecondition
+from web4lora_chassis.graders import ENDS, GRADERS, grade_end
+from web4lora_chassis.graders.check import Check
+from web4lora_chassis.graders.tool_call import grade_constrained
 from web4lora_chassis.jobs import Progress
 
 from web4lora_deployer.suite.chat import ChatClient, Endpoint
-from web4lora_deployer.suite.check import Check
-from web4lora_deployer.suite.graders import ENDS, GRADERS, grade_end
 from web4lora_deployer.suite.latency import measure_latency
 from web4lora_deployer.suite.result import Answer, Latency, Reply, SuiteResult
 from web4lora_deployer.suite.robustness import grade_odd, odd_prompts
 from web4lora_deployer.suite.spec import Prompt, Suite
-from web4lora_deployer.suite.tool_call import grade_constrained
 
 Report = Callable[[Progress], None]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from web4lora_deployer.suite.graders import GRADERS
+from web4lora_chassis.graders import GRADERS
+
 from web4lora_deployer.suite.result import SuiteResult
 from web4lora_deployer.suite.spec import Suite
 from web4lora_deployer.suite.statistics import Interval, clustered_drop_interval, clustered_interval

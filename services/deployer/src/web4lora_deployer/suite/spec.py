@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from web4lora_deployer.suite.graders import ENDS, ENDS_TITLES, GRADERS
-from web4lora_deployer.suite.style import StyleRules
-from web4lora_deployer.suite.tool_call import CONSTRAINED_TITLES
+from web4lora_chassis.graders import ENDS, ENDS_TITLES, GRADERS
+from web4lora_chassis.graders.style import StyleRules
+from web4lora_chassis.graders.tool_call import CONSTRAINED_TITLES
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx2
+from web4lora_chassis.graders.check import shorten, well_formed
 
-from web4lora_deployer.suite.check import shorten, well_formed
 from web4lora_deployer.suite.result import Reply
 
 MAX_ERROR_BYTES = 2**16

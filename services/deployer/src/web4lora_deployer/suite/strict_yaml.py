@@ -10,8 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from web4lora_chassis.errors import InvalidInput, shown
-
-from web4lora_deployer.suite.check import shorten
+from web4lora_chassis.graders.check import shorten
 
 _FIX = "examples/web4 holds a suite and its rule file, with every key."
 

@@ -66,9 +66,10 @@ def scores_of(suite: Suite) -> list[str]:
     Raises:
         InvalidInput: Prompts can't be graded; a line each.
     """
-    from web4lora_deployer.suite.graders import ENDS, GRADERS
+    from web4lora_chassis.graders import ENDS, GRADERS
+    from web4lora_chassis.graders.tool_call import CONSTRAINED_TITLES
+
     from web4lora_deployer.suite.problems import Problems
-    from web4lora_deployer.suite.tool_call import CONSTRAINED_TITLES
 
     given, problems = {ENDS}, Problems()
     for core in suite.cores:

@@ -16,11 +16,11 @@ from typing import Any, Self
 
 import httpx2
 from web4lora_chassis.errors import Unavailable
+from web4lora_chassis.graders.check import shorten
 from web4lora_llamacpp import LlamaCpp, LlamaServer
 
 from web4lora_deployer.report import Comparison, Difference, Measured
 from web4lora_deployer.suite import Answer, Prompt, Suite
-from web4lora_deployer.suite.check import shorten
 
 _LOAD_SECONDS = 900.0
 _CALL_SECONDS = 300.0

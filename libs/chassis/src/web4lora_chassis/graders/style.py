@@ -15,8 +15,8 @@ from typing import Any
 import tree_sitter_typescript
 from tree_sitter import Language, Node, Parser
 
-from web4lora_deployer.suite.check import Check, check, shorten
-from web4lora_deployer.suite.style_layout import missing_semicolon, wrong_indentation
+from web4lora_chassis.graders.check import Check, check, shorten
+from web4lora_chassis.graders.style_layout import missing_semicolon, wrong_indentation
 
 # Parsing this much takes seconds; no class is as long.
 _MAX_CHARACTERS = 2**16

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from web4lora_deployer.suite import guardrail, tool_call
-from web4lora_deployer.suite.graders import GRADERS, grade_end
-from web4lora_deployer.suite.style import StyleRules
+from web4lora_chassis.graders import GRADERS, grade_end, guardrail, tool_call
+from web4lora_chassis.graders.style import StyleRules
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "web4"
 CALL = {"tool": "create_agent", "args": {"name": "atlas", "hours": 1, "tags": ["a", "b"]}}

@@ -1,4 +1,4 @@
-"""The graders by the name that a suite file calls them, and the names of all their checks."""
+"""The graders of answers by the name that a suite file calls them, and the names of all their checks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from web4lora_deployer.suite import guardrail, style, tool_call
-from web4lora_deployer.suite.check import Check, check
-from web4lora_deployer.suite.style import StyleRules
+from web4lora_chassis.graders import guardrail, style, tool_call
+from web4lora_chassis.graders.check import Check, check
+from web4lora_chassis.graders.style import StyleRules
 
 ENDS = "answers.ends"
 ENDS_TITLES: Mapping[str, str] = {ENDS: "answers end"}

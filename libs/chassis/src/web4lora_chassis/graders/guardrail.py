@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from web4lora_deployer.suite.check import Check, check, shorten
-from web4lora_deployer.suite.refusals import refusing_sentence
+from web4lora_chassis.graders.check import Check, check, shorten
+from web4lora_chassis.graders.refusals import refusing_sentence
 
 MARKER = "<REFUSAL>"
 TITLES: Mapping[str, str] = {

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from web4lora_deployer.suite.check import Check, check, shorten
+from web4lora_chassis.graders.check import Check, check, shorten
 
 TITLES: Mapping[str, str] = {
     "tool_call.valid": "tool call, valid",

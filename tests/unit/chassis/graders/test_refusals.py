@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from web4lora_deployer.suite import guardrail
-from web4lora_deployer.suite.refusals import refusing_sentence
+from web4lora_chassis.graders import guardrail
+from web4lora_chassis.graders.refusals import refusing_sentence
 
 EXAMPLES = Path(__file__).parents[4] / "examples" / "web4"
 

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from web4lora_deployer.suite import style
-from web4lora_deployer.suite.style import RULE_NAMES, StyleRules
+from web4lora_chassis.graders import style
+from web4lora_chassis.graders.style import RULE_NAMES, StyleRules
 
 WANTED = {"class": "Cache", "methods": ["get", "put"]}
 GOOD = """```ts
