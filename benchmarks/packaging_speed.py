@@ -1,7 +1,7 @@
 """Packaging beside the usual chain: PEFT's merge_and_unload and save, llama.cpp's converter, llama-quantize.
 
-    .venv/bin/python benchmarks/packaging.py
-    .venv/bin/python benchmarks/packaging.py --shape 1.5B     # random weights of a Llama's shape
+    .venv/bin/python benchmarks/packaging_speed.py
+    .venv/bin/python benchmarks/packaging_speed.py --shape 1.5B     # random weights of a Llama's shape
 
 Packages two adapters on attention, one after the other, each both ways and each way in processes of its own.
 Ours does more: it proves the merge, loads every file, hashes and stores. Seconds are those of the clock, and
