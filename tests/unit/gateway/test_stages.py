@@ -57,6 +57,11 @@ def test_all_artifacts_of_a_package_must_be_there_but_not_all_are_for_people():
     assert [artifact.digest[0] for artifact in Package().files(result)] == ["1", "2", "3", "4"]
 
 
+def test_a_checkpoint_that_nobody_asked_for_is_no_artifact():
+    result = Package().read({name: made for name, made in PACKAGE.items() if name != "merged"})
+    assert [artifact.digest[0] for artifact in Package().artifacts(result)] == ["1", "2", "3", "4"]
+
+
 def test_the_text_of_run_json_does_not_decide_a_verification_but_the_deployment_does():
     stage = Verify()
 

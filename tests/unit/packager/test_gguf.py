@@ -13,7 +13,6 @@ from web4lora_chassis.errors import DataLoss, InvalidInput
 from web4lora_chassis.model_files.gguf import GgufHeader, GgufTensor
 from web4lora_packager.chat_template import Tokenizer
 from web4lora_packager.check import check_header, contents, read_made
-from web4lora_packager.convert import choose_type
 from web4lora_packager.quantize import calibration_text
 
 TOKENIZER = Tokenizer("T", {"<s>": 1, "</s>": 2}, {"bos_token": "<s>", "eos_token": "</s>"}, (2,))
@@ -67,20 +66,6 @@ def test_a_quant_with_other_tensors_is_refused(tmp_path: Path) -> None:
     check_header(header, TOKENIZER, header, "m.gguf")
     with pytest.raises(DataLoss, match="2 tensors"):
         check_header(header, TOKENIZER, replace(header, tensors=header.tensors[:1]), "m.gguf")
-
-
-@pytest.mark.parametrize(
-    ("asked", "largest", "chosen"),
-    [
-        ("auto", 9.25, "F16"),
-        ("auto", 65504.0, "F16"),
-        ("auto", 65536.0, "BF16"),
-        ("F16", 1e6, "F16"),
-        ("BF16", 1.0, "BF16"),
-    ],
-)
-def test_the_16_bit_type(asked: str, largest: float, chosen: str) -> None:
-    assert choose_type(asked, largest) == chosen
 
 
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"

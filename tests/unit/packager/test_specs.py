@@ -37,6 +37,7 @@ def test_defaults() -> None:
         None,
     )
     assert spec.matrix_chunks == 100
+    assert (spec.formats, spec.importance_matrix_from) == (("gguf",), "base")
     assert spec.context_for(8192) == 4096
     assert spec.context_for(2048) == 2048
     assert spec.context_for(0) == 4096
@@ -67,6 +68,9 @@ def test_a_context_beyond_the_model_is_refused() -> None:
         ({"temperature": 2.5}, "temperature"),
         ({"importance_matrix": True}, "importance_matrix"),
         ({"importance_matrix_chunks": 0}, "importance_matrix_chunks"),
+        ({"importance_matrix_from": "adapter"}, "importance_matrix_from"),
+        ({"formats": ["safetensors"]}, "formats"),
+        ({"formats": ["gguf", "bin"]}, "formats"),
     ],
 )
 def test_errors_name_the_field(package: dict[str, Any], field: str) -> None:

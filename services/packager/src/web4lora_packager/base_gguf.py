@@ -1,19 +1,23 @@
-"""The untrained base as GGUFs, to compare with and to serve under adapters: each made once, then kept."""
+"""What belongs to the untrained base alone: its GGUFs and its importance matrix, made once, then kept."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore
+from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, Manifest
 from web4lora_chassis.jobs import Progress
 from web4lora_llamacpp import LlamaCpp
 
 from web4lora_packager.check import read_made
 from web4lora_packager.convert import convert
-from web4lora_packager.quantize import quantize
+from web4lora_packager.quantize import importance_matrix, quantize
+from web4lora_packager.reuse import TENSORS, Reuse
 from web4lora_packager.steps import Steps
 from web4lora_packager.versions import tool_versions
+
+MATRIX_NAME = "importance_matrix.gguf"
 
 
 class BaseGgufs:
@@ -26,6 +30,7 @@ class BaseGgufs:
         llama: Brings the converter and llama-quantize.
         work: The job's working folder.
         name: The base's own name, for its GGUF.
+        reuse: Finds what earlier runs quantized.
         report: Takes progress.
     """
 
@@ -37,6 +42,7 @@ class BaseGgufs:
         llama: LlamaCpp,
         work: Path,
         name: str,
+        reuse: Reuse,
         report: Callable[[Progress], None],
     ) -> None:
         self._store = store
@@ -45,6 +51,7 @@ class BaseGgufs:
         self._llama = llama
         self._work = work
         self._name = name
+        self._reuse = reuse
         self._report = report
         self._tools = tool_versions() | {"llama.cpp": llama.version}
         self._steps = Steps(work)
@@ -62,20 +69,7 @@ class BaseGgufs:
             OutOfMemory: It was killed.
             Unavailable: The store is out of reach.
         """
-        target = self._work / _file(stops)
-
-        def make() -> Mapping[str, object]:
-            convert(
-                self._llama, self._folder, target,
-                gguf_type=gguf_type, name=self._name, stops=stops, log=self._work / "tools.log",
-                report=self._report,
-            )  # fmt: skip
-            return {}
-
-        parameters = {"type": gguf_type, "name": self._name, **_stops_parameter(stops)}
-        return self._kept(target.name, parameters) or self._made(
-            f"convert-{target.stem}-{gguf_type}", target, make, parameters
-        )
+        return self._reference(gguf_type, stops)[0]
 
     def quantized(
         self, quantization: str, gguf_type: str, stops: Sequence[int] = ()
@@ -94,46 +88,159 @@ class BaseGgufs:
             Unavailable: The store is out of reach.
         """
         target = self._work / f"base.{quantization}.gguf"
-        parameters = {"type": quantization, "from": gguf_type, "name": self._name, **_stops_parameter(stops)}
-        if ref := self._kept(target.name, parameters):
-            self._store.get(ref, self._work)
-            return ref, target
-        reference, whole = self.reference(gguf_type, stops), self._work / _file(stops)
+        parameters = {
+            **self._reuse.parameters(quantization, gguf_type, None),
+            "name": self._name,
+            **_stops_parameter(stops),
+        }
+        if found := self._kept("gguf", target.name, [self._base], parameters):
+            self._store.get(found.ref, self._work)
+            return found.ref, target
+        reference, noted = self._reference(gguf_type, stops)
+        whole = self._work / _file(stops)
 
         def make() -> Mapping[str, object]:
             self._store.get(reference, self._work)
+            self._store.get(noted, self._work / "base")
+            header = read_made(whole)
+            digests = json.loads((self._work / "base" / TENSORS).read_text(encoding="utf-8"))
             quantize(
                 self._llama, whole, target,
-                quantization=quantization, parameters=read_made(whole).parameters, matrix=None,
+                quantization=quantization, parameters=header.parameters, matrix=None,
+                taken=self._reuse.take(quantization, gguf_type, None, header, digests),
                 log=self._work / "tools.log", report=self._report,
+            )  # fmt: skip
+            self._reuse.clear()
+            return {}
+
+        self._steps.do(f"quantize-base-{quantization}", target, make)
+        return self._put("gguf", target, [self._base, noted], parameters), target
+
+    def matrix(
+        self, gguf_type: str, dataset: ArtifactRef | None, chunks: int, text: Callable[[], str]
+    ) -> tuple[ArtifactRef, Path]:
+        """Return the base's importance matrix for some data, and where it lies in the working folder.
+
+        It belongs to the base, not to an adapter: files that were quantized with the same one can give
+        each other what training left alone.
+
+        Args:
+            gguf_type: Of the base's 16-bit GGUF that it is measured with.
+            dataset: The training data.
+            chunks: How much of it is read.
+            text: Renders it.
+
+        Raises:
+            Internal: A tool failed.
+            OutOfMemory: It was killed.
+            DataLoss: What the store has is not what its digest says.
+            Unavailable: The store is out of reach.
+        """
+        inputs = [self._base, *([dataset] if dataset else [])]
+        parameters = {"chunks": chunks, "from": gguf_type}
+        target = self._work / MATRIX_NAME
+        if found := self._kept("report", target.name, inputs, parameters):
+            self._report(Progress("importance matrix", message=f"taken from {found.ref}"))
+            self._store.get(found.ref, self._work)
+            return found.ref, target
+        reference, _ = self._reference(gguf_type, ())
+        whole = self._work / _file(())
+        self._measure(whole, target, chunks, text, lambda: self._store.get(reference, self._work))
+        return self._put("report", target, inputs, parameters), target
+
+    def matrix_of(
+        self,
+        whole: Path,
+        adapter: ArtifactRef,
+        dataset: ArtifactRef | None,
+        chunks: int,
+        text: Callable[[], str],
+    ) -> tuple[ArtifactRef, Path]:
+        """Return an importance matrix of a merged model's own, and where it lies in the working folder.
+
+        Args:
+            whole: The merged 16-bit GGUF.
+            adapter: What was merged.
+            dataset: The training data.
+            chunks: How much of it is read.
+            text: Renders it.
+
+        Raises:
+            Internal: llama-imatrix failed.
+            OutOfMemory: It was killed.
+            Unavailable: The store is out of reach.
+        """
+        target = self._work / MATRIX_NAME
+        self._measure(whole, target, chunks, text, lambda: None)
+        inputs = [self._base, adapter, *([dataset] if dataset else [])]
+        return self._put("report", target, inputs, {"chunks": chunks}), target
+
+    def _measure(
+        self, whole: Path, target: Path, chunks: int, text: Callable[[], str], fetch: Callable[[], object]
+    ) -> None:
+        def make() -> Mapping[str, object]:
+            fetch()
+            calibration = self._work / "calibration.txt"
+            calibration.write_text(text(), encoding="utf-8")
+            importance_matrix(
+                self._llama, whole, calibration, target,
+                chunks=chunks, log=self._work / "tools.log", report=self._report,
             )  # fmt: skip
             return {}
 
-        return self._made(f"quantize-base-{quantization}", target, make, parameters), target
+        self._steps.do("importance-matrix", target, make)
 
-    def _kept(self, file_name: str, parameters: Mapping[str, str]) -> ArtifactRef | None:
-        """Return the one in the store that was made the same way."""
-        for manifest in self._store.find("gguf", self._base.name):
-            made_of = [ref.digest for ref in manifest.inputs] == [self._base.digest]
+    def _reference(self, gguf_type: str, stops: Sequence[int]) -> tuple[ArtifactRef, ArtifactRef]:
+        """Return the 16-bit one and the digests of its tensors."""
+        target = self._work / _file(stops)
+        parameters = {"type": gguf_type, "name": self._name, **_stops_parameter(stops)}
+        if found := self._kept("gguf", target.name, [self._base], parameters):
+            noted = next((ref for ref in found.inputs if ref.kind == "report"), None)
+            if noted:
+                return found.ref, noted
+
+        def make() -> Mapping[str, object]:
+            made = convert(
+                self._llama, self._folder, target,
+                gguf_type=gguf_type, name=self._name, stops=stops, log=self._work / "tools.log",
+                report=self._report,
+            )  # fmt: skip
+            return {"tensors": dict(made.tensors) if made else {}}
+
+        step = self._steps.do(f"convert-{target.stem}-{gguf_type}", target, make)
+        noted = self._reuse.note(step.data["tensors"], [self._base])
+        return self._put("gguf", target, [self._base, noted], parameters), noted
+
+    def _kept(
+        self, kind: str, file_name: str, inputs: Sequence[ArtifactRef], parameters: Mapping[str, object]
+    ) -> Manifest | None:
+        """Return what is in the store and was made the same way from the same."""
+        digests = {ref.digest for ref in inputs}
+        same = {key: json.dumps(value) for key, value in parameters.items()}
+        for manifest in self._store.find(kind, self._base.name):
+            made_of = {ref.digest for ref in manifest.inputs if ref.kind != "report"} == digests
             same_way = manifest.tools.get("llama.cpp") == self._tools["llama.cpp"]
-            same = {key: f'"{value}"' for key, value in parameters.items()} == dict(manifest.parameters)
-            if made_of and same_way and same and [entry.path for entry in manifest.files] == [file_name]:
-                return manifest.ref
+            if not (made_of and same == dict(manifest.parameters)):
+                continue
+            if [entry.path for entry in manifest.files] != [file_name]:
+                continue
+            if same_way:
+                return manifest
+            other = manifest.tools.get("llama.cpp")
+            self._report(
+                Progress(
+                    "store base", message=f"{manifest.ref} not taken: another llama.cpp made it, {other}"
+                )
+            )
         return None
 
-    def _made(
-        self,
-        step: str,
-        target: Path,
-        make: Callable[[], Mapping[str, object]],
-        parameters: Mapping[str, str],
+    def _put(
+        self, kind: str, target: Path, inputs: Sequence[ArtifactRef], parameters: Mapping[str, object]
     ) -> ArtifactRef:
-        """Make one and put it into the store."""
-        self._steps.do(step, target, make)
         self._report(Progress("store base"))
         return self._store.put(
-            "gguf", self._base.name, {target.name: target},
-            inputs=[self._base], parameters=parameters, tools=self._tools, created_by="packager",
+            kind, self._base.name, {target.name: target},
+            inputs=inputs, parameters=parameters, tools=self._tools, created_by="packager",
         )  # fmt: skip
 
 

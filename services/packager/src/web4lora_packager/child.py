@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,29 @@ def ask(work: str, home: Path, *folders: Path) -> dict[str, Any]:
     """
     command: list[str | Path] = [sys.executable, "-I", "-m", __name__, work, *folders]
     answer: dict[str, Any] = json.loads(process.run(command, env=environment(home)).strip().splitlines()[-1])
-    if "error" not in answer:
-        return answer
-    kind = getattr(errors, answer["error"], Internal)
-    raise kind(answer["message"], fix=answer["fix"], reason=answer["reason"])
+    raise_error(answer)
+    return answer
+
+
+def error_data(error: Web4Error) -> dict[str, Any]:
+    """Return an error as JSON data, for `raise_error` in the parent."""
+    return {
+        "error": type(error).__name__,
+        "message": error.message,
+        "fix": error.fix,
+        "reason": error.reason,
+    }
+
+
+def raise_error(answer: Mapping[str, Any]) -> None:
+    """Raise the error that a child's answer holds, if any.
+
+    Raises:
+        Web4Error: What the child raised.
+    """
+    if "error" in answer:
+        kind = getattr(errors, answer["error"], Internal)
+        raise kind(answer["message"], fix=answer["fix"], reason=answer["reason"])
 
 
 def main(work: str, *folders: str) -> dict[str, Any]:
@@ -51,12 +71,7 @@ def main(work: str, *folders: str) -> dict[str, Any]:
 
         return dict(prove(*paths))
     except Web4Error as error:
-        return {
-            "error": type(error).__name__,
-            "message": error.message,
-            "fix": error.fix,
-            "reason": error.reason,
-        }
+        return error_data(error)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,14 @@ class Layout:
         """Read what `skeleton.describe` returns."""
         return cls(dict(data["names"]), dict(data["tied"]), frozenset(data["transposed"]))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON data, as `from_json` reads it."""
+        return {
+            "names": dict(self.names),
+            "tied": dict(self.tied),
+            "transposed": sorted(self.transposed),
+        }
+
 
 def read_layout(base: Path, adapter: Path, home: Path) -> Layout:
     """Ask Transformers for a base's layout, and PEFT whether an adapter has the tensors that it has on it.

@@ -1,7 +1,8 @@
-"""Merges an adapter into its base, tensor by tensor: W + s * B @ A in float32, rounded once to W's type.
+"""Merges an adapter into its base, tensor by tensor: W + s * B @ A in float32, rounded once.
 
-Untouched tensors are copied byte for byte, and so is every other file. Memory stays at a block of rows and
-one adapter pair, whatever the model's size.
+`Merge` says which tensors change and gives their values, for `stream` to hand to llama.cpp's converter;
+`merge` writes them as a checkpoint. There untouched tensors are copied byte for byte, and so is every other
+file. Memory stays at a block of rows and one adapter pair, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,36 +49,33 @@ class Merged:
         adapter_tensors: Adapter tensors, each used exactly once.
         merged_tensors: Base tensors that were changed or added.
         relative_effect: Frobenius norm of all changes over that of the weights they changed.
+        rounding_error: Frobenius norm of what rounding took from the changed weights, over that of the
+            changes: 0 when all of the training survived it.
         max_abs_weight: Largest absolute value in the merged model's floating-point tensors.
-        dtype: The type that most of the model's weights have: F32, F16 or BF16.
-        size_bytes: Sum of the sizes of the merged tensors.
     """
 
     adapter_tensors: int
     merged_tensors: int
     relative_effect: float
+    rounding_error: float
     max_abs_weight: float
-    dtype: str
-    size_bytes: int
 
 
 @dataclass
-class _Tally:
-    """Figures that grow while tensors are written."""
+class Tally:
+    """Figures that grow while tensors are made."""
 
-    advance: Callable[[int], None]
     change_squared: float = 0.0
     weight_squared: float = 0.0
+    update_squared: float = 0.0
+    lost_squared: float = 0.0
     max_abs: float = 0.0
-    bytes_by_type: dict[str, int] = field(default_factory=dict)
 
-    def wrote(self, tensor: Tensor, data: NDArray[Any]) -> None:
-        """Take a piece of a tensor in, as it was written; refuse numbers that are none."""
-        self.advance(data.nbytes)
-        self.bytes_by_type[tensor.dtype] = self.bytes_by_type.get(tensor.dtype, 0) + data.nbytes
-        if tensor.dtype not in FLOATS or not data.size:
+    def saw(self, tensor: Tensor, dtype: str, data: NDArray[Any]) -> None:
+        """Take a piece of a tensor in, in its type's name; refuse numbers that are none."""
+        if dtype not in FLOATS or not data.size:
             return
-        unsigned, mask, limit = _BITS[tensor.dtype]
+        unsigned, mask, limit = _BITS[dtype]
         largest = (data.view(unsigned) & unsigned(mask)).max()
         if largest > limit:
             raise FailedPrecondition(
@@ -86,12 +84,23 @@ class _Tally:
                 fix="The base's type is too narrow for this adapter, or the base is broken.",
                 reason="MERGE_NOT_FINITE",
             )
-        value = np.asarray([largest], dtype=unsigned).view(FLOATS[tensor.dtype]).astype(np.float32)[0]
+        value = np.asarray([largest], dtype=unsigned).view(FLOATS[dtype]).astype(np.float32)[0]
         self.max_abs = max(self.max_abs, float(value))
+
+    def rounded(self, old: NDArray[np.float32], new: NDArray[np.float32], kept: NDArray[Any]) -> None:
+        """Take in rows as they were, as merging makes them, and as they are kept."""
+        stored = kept.astype(np.float32)
+        for name, rows in (
+            ("change_squared", stored - old),
+            ("weight_squared", old),
+            ("update_squared", new - old),
+            ("lost_squared", stored - new),
+        ):
+            setattr(self, name, getattr(self, name) + float(np.vdot(rows, rows)))
 
 
 @dataclass(frozen=True)
-class _Change:
+class Change:
     """What happens to a tensor of the files.
 
     Attributes:
@@ -103,8 +112,92 @@ class _Change:
     transposed: bool
 
 
+class Merge:
+    """What an adapter makes of a base; no weight is read before it is asked for.
+
+    Args:
+        base: The base model's folder.
+        adapter: The adapter's folder.
+        layout: How Transformers reads the base.
+
+    Attributes:
+        base: The base model's folder.
+        adapter: The adapter's folder.
+        layout: How Transformers reads the base.
+        model: The base.
+        lora: The adapter.
+        changes: What happens to each tensor that changes, by its name in the files.
+        added: Tensors that the files lack, because they were another one: they come behind the last shard.
+        parted: The tied parameters that the adapter makes differ.
+
+    Raises:
+        InvalidInput: A file is missing or broken.
+        FailedPrecondition: The adapter is of a kind that is not merged here, or does not fit the base.
+    """
+
+    def __init__(self, base: Path, adapter: Path, layout: Layout) -> None:
+        self.base, self.adapter, self.layout = base, adapter, layout
+        self.model, self.lora = read_model_folder(base), Adapter(adapter)
+        plan = self.lora.plan()
+        self.parted = parted_ties(layout, plan)
+        self.added = _added(self.model, layout, self.parted)
+        names = {**layout.names, **{tensor.name: tensor.name for tensor in self.added}}
+        if unknown := sorted(plan.keys() - names.keys()):
+            raise _misfit(self.lora, f"it changes {unknown[0]}, which the base does not have")
+        self.changes = {
+            names[parameter]: Change(change, parameter in layout.transposed)
+            for parameter, change in plan.items()
+        }
+        _check_fit(self.model, self.lora, self.changes, self.added)
+
+    def rows(self, tensor: Tensor) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Yield blocks of rows of a tensor that changes, as they were and as they are to be, in float32."""
+        planned = self.changes[tensor.name]
+        if isinstance(planned.change, LowRank):
+            return _updated(tensor, planned.change, self.lora, transposed=planned.transposed)
+        return _replaced(tensor, planned.change, self.lora)
+
+    def untied(self) -> dict[str, str]:
+        """Return the texts of configuration and index where they say that ties were parted, by file name."""
+        if not self.parted:
+            return {}
+        config = {**self.model.config, "tie_word_embeddings": False}
+        for key, part in self.model.config.items():  # models of more than language keep one for each part
+            if isinstance(part, dict) and "tie_word_embeddings" in part:
+                config[key] = {**part, "tie_word_embeddings": False}
+        texts = {"config.json": config}
+        if self.added and (self.model.folder / INDEX_NAME).is_file():
+            texts[INDEX_NAME] = index = read_json(self.model.folder / INDEX_NAME)
+            for tensor in self.added:
+                index["weight_map"][tensor.name] = self.model.shards[-1].path.name
+                if "total_size" in index.get("metadata", {}):
+                    index["metadata"]["total_size"] += tensor.size_bytes
+        return {name: json.dumps(text, indent=2) + "\n" for name, text in texts.items()}
+
+    def merged(self, tally: Tally) -> Merged:
+        """Return what came of it, when all tensors were made.
+
+        Raises:
+            FailedPrecondition: Nothing changed.
+        """
+        if tally.change_squared == 0:
+            raise FailedPrecondition(
+                f"{self.lora.path} changes nothing: merged and base weights are equal.",
+                fix="Train longer, or with a higher learning rate: its updates are 0 or vanish in rounding.",
+                reason="ADAPTER_WITHOUT_EFFECT",
+            )
+        weight = tally.weight_squared
+        return Merged(
+            adapter_tensors=len(self.lora.shapes),
+            merged_tensors=len(self.changes),
+            relative_effect=sqrt(tally.change_squared / weight) if weight else 1.0,
+            rounding_error=sqrt(tally.lost_squared / tally.update_squared),
+            max_abs_weight=tally.max_abs,
+        )
+
+
 def merge(base: Path, adapter: Path, target: Path, layout: Layout, advance: Callable[[int], None]) -> Merged:
-    """Write base plus adapter as a model folder of the base's own layout.
+    """Write base plus adapter as a model folder of the base's own layout, in the base's own types.
 
     Args:
         base: The base model's folder.
@@ -118,42 +211,20 @@ def merge(base: Path, adapter: Path, target: Path, layout: Layout, advance: Call
         FailedPrecondition: The adapter is of a kind that is not merged here, does not fit the base, changes
             nothing, or gives numbers that are not finite.
     """
-    model, lora = read_model_folder(base), Adapter(adapter)
-    plan = lora.plan()
-    parted = parted_ties(layout, plan)
-    added = _added(model, layout, parted)
-    names = {**layout.names, **{tensor.name: tensor.name for tensor in added}}
-    if unknown := sorted(plan.keys() - names.keys()):
-        raise _misfit(lora, f"it changes {unknown[0]}, which the base does not have")
-    changes = {
-        names[parameter]: _Change(change, parameter in layout.transposed)
-        for parameter, change in plan.items()
-    }
-    _check_fit(model, lora, changes, added)
+    plan = Merge(base, adapter, layout)
     target.mkdir(parents=True, exist_ok=True)
-    _copy_files(model, target, added, untie=bool(parted))
-    tally = _Tally(advance)
-    last = model.shards[-1]
-    for shard in model.shards:
-        behind = added if shard is last else ()
+    _copy_files(plan, target)
+    tally = Tally()
+    last = plan.model.shards[-1]
+    for shard in plan.model.shards:
+        behind = plan.added if shard is last else ()
         with (target / shard.path.name).open("xb") as out:
             out.write(header_of(shard, behind) if behind else shard.header)
             for tensor in (*shard.tensors, *behind):
-                _write(out, tensor, changes.get(tensor.name), lora, tally)
-    if tally.change_squared == 0:
-        raise FailedPrecondition(
-            f"{lora.path} changes nothing: merged and base weights are equal.",
-            fix="Train longer, or with a higher learning rate: its updates are 0 or vanish in rounding.",
-            reason="ADAPTER_WITHOUT_EFFECT",
-        )
-    return Merged(
-        adapter_tensors=len(lora.shapes),
-        merged_tensors=len(changes),
-        relative_effect=sqrt(tally.change_squared / tally.weight_squared) if tally.weight_squared else 1.0,
-        max_abs_weight=tally.max_abs,
-        dtype=max(tally.bytes_by_type, key=lambda name: tally.bytes_by_type[name]),
-        size_bytes=sum(tally.bytes_by_type.values()),
-    )
+                for data in _written(plan, tensor, tally):
+                    out.write(data.tobytes())
+                    advance(data.nbytes)
+    return plan.merged(tally)
 
 
 def parted_ties(layout: Layout, changed: Collection[str]) -> dict[str, str]:
@@ -177,7 +248,7 @@ def _added(model: ModelFolder, layout: Layout, parted: Mapping[str, str]) -> tup
 
 
 def _check_fit(
-    model: ModelFolder, lora: Adapter, changes: Mapping[str, _Change], added: tuple[Tensor, ...]
+    model: ModelFolder, lora: Adapter, changes: Mapping[str, Change], added: tuple[Tensor, ...]
 ) -> None:
     """Refuse an adapter whose targets the base lacks, or has in another shape or type."""
     tensors = {**model.tensors, **{tensor.name: tensor for tensor in added}}
@@ -203,26 +274,19 @@ def _misfit(lora: Adapter, why: str) -> FailedPrecondition:
     )
 
 
-def _write(out: IO[bytes], tensor: Tensor, planned: _Change | None, lora: Adapter, tally: _Tally) -> None:
-    """Write a tensor, changed or as it is."""
-    if planned is None:
+def _written(plan: Merge, tensor: Tensor, tally: Tally) -> Iterator[NDArray[Any]]:
+    """Yield a tensor's data, changed or as it is, in its own type."""
+    if tensor.name not in plan.changes:
         for data in _chunks(tensor):
-            out.write(data.data)
-            tally.wrote(tensor, data)
+            tally.saw(tensor, tensor.dtype, data)
+            yield data
         return
-    change = planned.change
-    if isinstance(change, LowRank):
-        rows = _updated(tensor, change, lora, transposed=planned.transposed)
-    else:
-        rows = _replaced(tensor, change, lora)
-    for old, new in rows:
-        with np.errstate(over="ignore"):  # an infinity is refused when it is counted
-            rounded = new.astype(FLOATS[tensor.dtype])
-        out.write(rounded.tobytes())
-        tally.wrote(tensor, rounded)
-        difference = rounded.astype(np.float32) - old
-        tally.change_squared += float(np.vdot(difference, difference))
-        tally.weight_squared += float(np.vdot(old, old))
+    for old, new in plan.rows(tensor):
+        with np.errstate(over="ignore"):  # an infinity is refused when it is seen
+            kept = new.astype(FLOATS[tensor.dtype])
+        tally.saw(tensor, tensor.dtype, kept)
+        tally.rounded(old, new, kept)
+        yield kept
 
 
 def _updated(
@@ -258,22 +322,10 @@ def _chunks(tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
             yield data
 
 
-def _copy_files(model: ModelFolder, target: Path, added: tuple[Tensor, ...], *, untie: bool) -> None:
+def _copy_files(plan: Merge, target: Path) -> None:
     """Copy the known files beside the weights, byte for byte; parted ties change configuration and index."""
-    for path in sorted(model.folder.iterdir()):
+    for path in sorted(plan.model.folder.iterdir()):
         if path.is_file() and is_model_file(path.name):
             shutil.copyfile(path, target / path.name)
-    if not untie:
-        return
-    config = {**model.config, "tie_word_embeddings": False}
-    for key, part in model.config.items():  # models of more than language keep a configuration for each part
-        if isinstance(part, dict) and "tie_word_embeddings" in part:
-            config[key] = {**part, "tie_word_embeddings": False}
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if added and (model.folder / INDEX_NAME).is_file():
-        index = read_json(model.folder / INDEX_NAME)
-        for tensor in added:
-            index["weight_map"][tensor.name] = model.shards[-1].path.name
-            if "total_size" in index.get("metadata", {}):
-                index["metadata"]["total_size"] += tensor.size_bytes
-        (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name, text in plan.untied().items():
+        (target / name).write_text(text, encoding="utf-8")

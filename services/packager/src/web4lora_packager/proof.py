@@ -28,7 +28,7 @@ _PIECES, _PIECE_ROWS = 8, 32
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER = "default"
 # Of a sum of products in float32, relative to the sum of their sizes; far above what another order gives.
-_SLACK = 2.0**-17
+SLACK = 2.0**-17
 
 
 class Files:
@@ -71,16 +71,16 @@ class Model:
         self.files = Files({name: tensor.path for name, tensor in read_model_folder(folder).tensors.items()})
         model = skeleton.build(folder)
         self.tied = skeleton.tied(model)
-        self._names = skeleton.file_names(model, self.files.names())
+        self.names = skeleton.file_names(model, self.files.names())
         self.parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
     def tensor_of(self, parameter: str) -> str | None:
         """Return the tensor in the files that a parameter is read from."""
-        if parameter in self._names:
-            return self._names[parameter]
+        if parameter in self.names:
+            return self.names[parameter]
         group = self.tied.get(parameter, parameter)
         others = [group, *(name for name, source in self.tied.items() if source == group)]
-        return next((self._names[name] for name in others if name in self._names), None)
+        return next((self.names[name] for name in others if name in self.names), None)
 
 
 def prove(base: Path, adapter: Path, merged: Path, *, seed: int = 0) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def prove(base: Path, adapter: Path, merged: Path, *, seed: int = 0) -> dict[str
         InvalidInput: Transformers knows no such model, or a file is broken.
     """
     before, after = Model(base), Model(merged)
-    updates = _updates(base, adapter)
+    updates = updates_of(base, adapter)
     random = torch.Generator().manual_seed(seed)
     largest, compared, seen = 0.0, 0, set[str]()
     for parameter in before.parameters:
@@ -115,7 +115,7 @@ def prove(base: Path, adapter: Path, merged: Path, *, seed: int = 0) -> dict[str
         shape = before.files.shape(old)
         if after.files.shape(new) != shape:
             raise _wrong(merged, f"{new} has another shape than in the base")
-        for start, end in _pieces(shape, random):
+        for start, end in pieces(shape, random):
             was, is_now = before.files.rows(old, start, end), after.files.rows(new, start, end)
             if update is None:
                 if not _same(was, is_now):
@@ -169,7 +169,7 @@ def _adapted(base: Path, adapter: Path) -> tuple[PeftModel, Files]:
     return model, files
 
 
-def _updates(base: Path, adapter: Path) -> dict[str, Any]:
+def updates_of(base: Path, adapter: Path) -> dict[str, Any]:
     """Return, by the parameter's name, how PEFT changes rows of it: (old, start, end) to (new, size)."""
     model, files = _adapted(base, adapter)
     updates: dict[str, Any] = {}
@@ -218,7 +218,7 @@ def _compare(
     folder: Path, name: str, actual: torch.Tensor, expected: torch.Tensor, size: torch.Tensor
 ) -> float:
     """Return the largest difference; refuse what rounding the expected value to the type can't give."""
-    slack = _SLACK * size
+    slack = SLACK * size
     low, high = (expected - slack).to(actual.dtype), (expected + slack).to(actual.dtype)
     difference = float((actual.float() - expected).abs().max()) if actual.numel() else 0.0
     if not bool(((low <= actual) & (actual <= high)).all()):
@@ -233,18 +233,18 @@ def _compare_rest(before: Model, after: Model, seen: set[str], random: torch.Gen
     for name in sorted(before.files.names() - seen):
         if name not in after.files or after.files.shape(name) != before.files.shape(name):
             raise _wrong(after.folder, f"{name} is missing or has another shape")
-        for start, end in _pieces(before.files.shape(name), random):
+        for start, end in pieces(before.files.shape(name), random):
             if not _same(before.files.rows(name, start, end), after.files.rows(name, start, end)):
                 raise _wrong(after.folder, f"{name} differs from the base's without a reason")
     for one, other in after.tied.items():
         names = [name for name in (one, other) if name in after.files]
         if len(names) == 2:  # both stored, and said to be one: readers would disagree on which counts
-            for start, end in _pieces(after.files.shape(one), random):
+            for start, end in pieces(after.files.shape(one), random):
                 if not _same(*(after.files.rows(name, start, end) for name in names)):
                     raise _wrong(after.folder, f"config.json ties {one} and {other}, which differ")
 
 
-def _pieces(shape: tuple[int, ...], random: torch.Generator) -> Iterator[tuple[int, int]]:
+def pieces(shape: tuple[int, ...], random: torch.Generator) -> Iterator[tuple[int, int]]:
     """Yield first and last rows, and some between, at random."""
     rows = shape[0] if shape else 1
     if rows <= _PIECES * _PIECE_ROWS:

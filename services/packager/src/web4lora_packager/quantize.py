@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from web4lora_llamacpp import LlamaCpp, run_tool, tail
 from web4lora_llamacpp.converter import environment
 
 from web4lora_packager.chat_template import Tokenizer
+from web4lora_packager.hybrid import write_hybrid
 
 _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+\S+\s+-\s+\[([\d,\s]+)\]")
 _CHUNKS = re.compile(r"computing over (\d+) chunks.*n_seq=(\d+)")
@@ -32,6 +33,7 @@ def quantize(
     quantization: str,
     parameters: int,
     matrix: Path | None,
+    taken: Mapping[str, Path] | None = None,
     log: Path,
     report: Callable[[Progress], None],
 ) -> None:
@@ -44,6 +46,7 @@ def quantize(
         quantization: A type that `web4lora_chassis.pipeline.package` knows.
         parameters: Number of weights in the file, for the time left.
         matrix: An importance matrix, if any.
+        taken: Tensors that another GGUF has as quantizing would make them, each with that file: see `reuse`.
         log: Its output is appended here.
         report: Takes progress: phase "quantize <type>", in tensors.
 
@@ -63,11 +66,16 @@ def quantize(
             report(Progress(phase, int(found[1]) - 1, int(found[2]), "tensors", max(0.0, left)))
             elements += prod(int(size) for size in found[3].split(","))
 
-    part = target.with_name(f"part-{target.name}")
+    part, hybrid = target.with_name(f"part-{target.name}"), target.with_name(f"hybrid-{target.name}")
+    source = reference
+    if taken:
+        write_hybrid(reference, taken, hybrid)
+        source = hybrid
     options: list[str | Path] = ["--imatrix", matrix] if matrix else []
-    command: list[str | Path] = [llama.quantize, *options, reference, part, quantization]
+    command: list[str | Path] = [llama.quantize, *options, source, part, quantization]
     code = run_tool(command, log, on_line, env=environment(target.parent))
     _check(code, "llama-quantize", log)
+    hybrid.unlink(missing_ok=True)
     part.replace(target)
 
 

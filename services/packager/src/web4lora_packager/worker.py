@@ -20,6 +20,7 @@ from web4lora_llamacpp import LlamaCpp, ensure_built, general_name
 from web4lora_packager.adapter import ADAPTER_FILES
 from web4lora_packager.base_gguf import BaseGgufs
 from web4lora_packager.package import REFERENCE_NAME, GgufReport, Package, Packaging
+from web4lora_packager.reuse import Reuse
 from web4lora_packager.settings import PackagerSettings
 from web4lora_packager.specs import PackageSpec, spec_of
 from web4lora_packager.versions import tool_versions
@@ -42,12 +43,14 @@ def run_package(message: packager_pb2.PackageSpec, context: JobContext) -> packa
     wanted = [*ADAPTER_FILES, *stored & {TRAINED_CONVERSATIONS}]
     _fetch(store, spec.adapter, adapter_folder, context, only=wanted)
     name = general_name(base_folder, own_name(base))
-    bases = BaseGgufs(store, spec.base, base_folder, llama, context.work_dir, name, context.report)
+    names = (spec.name, spec.base.name)
+    reuse = Reuse(store, spec.base, names, llama.version, context.work_dir, context.report)
+    bases = BaseGgufs(store, spec.base, base_folder, llama, context.work_dir, name, reuse, context.report)
     package = Packaging(
-        spec, base_folder, adapter_folder, bases, _training(store, spec, context), _licence(base), name,
-        llama, context.work_dir, settings.packager_load_timeout_seconds, context.report,
+        spec, base_folder, adapter_folder, bases, reuse, _training(store, spec, context), _licence(base),
+        name, llama, context.work_dir, settings.packager_load_timeout_seconds, context.report,
     ).run()  # fmt: skip
-    result = _store(store, spec, llama, package, context)
+    result = _store(store, spec, llama, package, reuse, context)
     if spec.base_gguf:
         result.base_gguf.CopyFrom(ref_message(bases.reference(package.reference.type)))
     return result
@@ -111,10 +114,15 @@ def _licence(base: Manifest) -> str:
 
 
 def _store(
-    store: ArtifactStore, spec: PackageSpec, llama: LlamaCpp, package: Package, context: JobContext
+    store: ArtifactStore,
+    spec: PackageSpec,
+    llama: LlamaCpp,
+    package: Package,
+    reuse: Reuse,
+    context: JobContext,
 ) -> packager_pb2.PackageResult:
     """Put everything into the store and tell of it in the contract's words."""
-    merged_files = {path.name: path for path in package.merged.iterdir()}
+    merged_files = {path.name: path for path in package.merged.iterdir()} if package.merged else {}
     ggufs = [package.reference, *package.quantized]
     switchable = package.switchable
     alone = [switchable.adapter] if switchable else []
@@ -132,38 +140,36 @@ def _store(
 
     kept = {TRAINED_CONVERSATIONS: package.conversations} if package.conversations else {}
     context.report(Progress("store", 0, total, "bytes"))
-    merged = put("merged_model", merged_files, [spec.base, spec.adapter])
-    refs = [
-        put("gguf", {REFERENCE_NAME: package.reference.path, **kept}, [merged], type=package.reference.type)
-    ]
-    calibration = [spec.dataset] if spec.dataset and spec.importance_matrix else []
+    made_of = [spec.base, spec.adapter]
+    whole = package.reference
+    refs = [put("gguf", {REFERENCE_NAME: whole.path, **kept}, made_of, type=whole.type)]
+    calibration = [package.matrix, spec.dataset] if package.matrix and spec.dataset else []
     for gguf in package.quantized:
-        inputs = [refs[0], *calibration]
-        refs.append(put("gguf", {gguf.path.name: gguf.path, **kept}, inputs, type=gguf.type))
-    adapters = [
-        put("gguf", {gguf.path.name: gguf.path, **kept}, [spec.base, spec.adapter], type=gguf.type)
-        for gguf in alone
-    ]
+        inputs = [refs[0], package.tensors, *calibration]
+        parameters = reuse.parameters(gguf.type, whole.type, package.matrix)
+        refs.append(put("gguf", {gguf.path.name: gguf.path, **kept}, inputs, **parameters))
+    adapters = [put("gguf", {gguf.path.name: gguf.path, **kept}, made_of, type=gguf.type) for gguf in alone]
     bases = [switchable.base_ref] if switchable else []
     files = put("report", package.files, [*refs, *adapters, *bases])
     reference, *quantized = [
         _gguf_message(gguf, ref, package.reference) for gguf, ref in zip(ggufs, refs, strict=True)
     ]
     result = packager_pb2.PackageResult(
-        merged=ref_message(merged),
         merge=packager_pb2.MergeReport(
             adapter_tensors=package.merge.adapter_tensors,
             merged_tensors=package.merge.merged_tensors,
             max_abs_error=package.max_abs_error,
             relative_effect=package.merge.relative_effect,
+            rounding_error=package.merge.rounding_error,
         ),
         reference=reference,
         quantized=quantized,
         files=ref_message(files),
         llama_cpp_version=llama.version,
     )
+    if merged_files:
+        result.merged.CopyFrom(ref_message(put("merged_model", merged_files, made_of)))
     if switchable:
-        whole = package.reference
         result.adapter_gguf.CopyFrom(_gguf_message(switchable.adapter, adapters[0], whole))
         result.adapter_base.CopyFrom(_gguf_message(switchable.base, bases[0], whole))
     return result

@@ -112,12 +112,18 @@ class GgufHeader:
         special_tokens: Texts of its special tokens by the names that chat templates know: bos_token, …; one
             that it lacks is left out.
         end_bytes: Where the last tensor ends: a shorter file is cut off.
+        entries_at: Where the tensors' entries begin, behind the keys.
+        data_at: Where the tensors' data begins.
+        alignment: Every tensor's data begins at a multiple of it.
     """
 
     values: Mapping[str, Value]
     tensors: Sequence[GgufTensor] = ()
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     end_bytes: int = 0
+    entries_at: int = 0
+    data_at: int = 0
+    alignment: int = _ALIGNMENT
 
     @property
     def architecture(self) -> str:
@@ -334,10 +340,18 @@ def _header(reader: _Reader) -> GgufHeader:
             tokens = words or tokens
         else:
             values[key] = reader.value(kind)
+    entries_at = reader.place
     found = [reader.tensor() for _ in range(tensors)]
     _count(values, f"{values.get('general.architecture', '')}.context_length")
-    end = _end(reader.place, _count(values, "general.alignment", _ALIGNMENT), found)
-    header = GgufHeader(values, found, end_bytes=end)
+    alignment = _count(values, "general.alignment", _ALIGNMENT)
+    if alignment < 1:
+        raise ValueError(f"an alignment of {alignment} is not believable")
+    start = -(-reader.place // alignment) * alignment
+    # Where the data begins when the last tensor's type is newer than we are.
+    end = max((start + each.offset + each.size_bytes for each in found), default=reader.place)
+    header = GgufHeader(
+        values, found, end_bytes=end, entries_at=entries_at, data_at=start, alignment=alignment
+    )
     special = {name: _token(tokens, header.token_id(role)) for name, role in _SPECIAL_TOKENS.items()}
     return replace(header, special_tokens={name: text for name, text in special.items() if text})
 
@@ -348,14 +362,6 @@ def _count(values: Mapping[str, Value], key: str, default: int = 0) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{key} is {str(value)[:80]!r}, no count")
     return value
-
-
-def _end(header_bytes: int, alignment: int, tensors: Sequence[GgufTensor]) -> int:
-    """Return where the last tensor ends; where its data begins when its type is newer than we are."""
-    if alignment < 1:
-        raise ValueError(f"an alignment of {alignment} is not believable")
-    start = -(-header_bytes // alignment) * alignment
-    return max((start + tensor.offset + tensor.size_bytes for tensor in tensors), default=header_bytes)
 
 
 def _token(tokens: list[str], number: int | None) -> str:

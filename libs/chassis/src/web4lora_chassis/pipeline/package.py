@@ -68,6 +68,9 @@ class PackageSettings(StageSettings):
         importance_matrix_chunks: Its calibration text, in chunks of 512 tokens; None takes 100, or
             what there is.
         adapter_gguf: Also make the adapter's own GGUF, and its base's, quantized to the first type.
+        formats: What is written: gguf, which is always among them, and safetensors, the merged checkpoint.
+        importance_matrix_from: What the importance matrix is measured with: base, once for base and data, or
+            merged, for each run.
     """
 
     quantizations: tuple[str, ...] = setting(
@@ -88,6 +91,10 @@ class PackageSettings(StageSettings):
         Number(low=1, high=10_000, default_text=f"{_MATRIX_CHUNKS}; less when the training data has less")
     )
     adapter_gguf: bool = setting(Flag(False))
+    formats: tuple[str, ...] = setting(
+        Names(("gguf",), "a format", "The formats are gguf and safetensors.", known=("gguf", "safetensors"))
+    )
+    importance_matrix_from: str = setting(Choice(("base", "merged"), "base"))
 
     @property
     def matrix_chunks(self) -> int:
@@ -104,6 +111,8 @@ class PackageSettings(StageSettings):
                 f"{', '.join(needy)} {need} an importance matrix.",
                 "Set package.importance_matrix to true, or choose a larger type.",
             )
+        if "gguf" not in self.formats:
+            yield "formats", "it lacks gguf, which is what is deployed.", "Add gguf."
         if self.adapter_gguf and self.quantizations[0] in NEED_MATRIX:
             yield (
                 "adapter_gguf",

@@ -16,7 +16,7 @@ class Package(JobStage[packager_pb2.PackageSpec, packager_pb2.PackageResult]):
     name = "package"
     worker = "packager"
     made = packager_pb2.PackageResult
-    revision = 2  # the trained conversations go along, and the merge has a check of its own
+    revision = 3  # merged in 32 bit and rounded once; the checkpoint only when asked for
     key_tools = ("llama.cpp",)
     asks_first = True
 
@@ -37,7 +37,8 @@ class Package(JobStage[packager_pb2.PackageSpec, packager_pb2.PackageResult]):
     def artifacts(self, result: packager_pb2.PackageResult) -> tuple[Ref, ...]:
         """Return all that was made."""
         base = (result.base_gguf,) if result.HasField("base_gguf") else ()
-        return (result.merged, *self.files(result), *base)
+        merged = (result.merged,) if result.HasField("merged") else ()
+        return (*merged, *self.files(result), *base)
 
     def files(self, result: packager_pb2.PackageResult) -> tuple[Ref, ...]:
         """Return the GGUF files and what goes with them; the merged checkpoint is for nobody's eyes."""
