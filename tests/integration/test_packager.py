@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from web4.lora.v1 import artifacts_pb2, jobs_pb2, jobs_pb2_grpc, packager_pb2, packager_pb2_grpc
 from web4lora_chassis.artifacts import ArtifactRef, ArtifactStore, hash_file, open_store
 from web4lora_chassis.errors import InvalidInput, NotFound
@@ -301,6 +301,10 @@ def test_an_importance_matrix_is_made_from_base_and_training_data(
     assert quantized.bits_per_weight < 4.5
     inputs = stack.store.manifest(ref_of(quantized.artifact)).inputs
     assert dataset in inputs
+    stack.store.get(ref_of(quantized.artifact), tmp_path / "quantized")
+    (gguf,) = (tmp_path / "quantized").glob("model.*.gguf")
+    assert b"quantize.imatrix.file" in gguf.read_bytes()
+    assert str(tmp_path.parent).encode() not in gguf.read_bytes()
     (matrix,) = [
         ref
         for ref in inputs
@@ -318,6 +322,22 @@ def test_an_importance_matrix_is_made_from_base_and_training_data(
         assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
         made = stack.store.manifest(ref_of(job.result.package.quantized[0].artifact))
         assert (matrix in made.inputs) == same
+
+
+def test_a_weight_too_large_for_the_f16_that_was_asked_for_is_refused(
+    stack: Stack, tmp_path: Path, base: Path
+) -> None:
+    folder = tiny_llama.write_adapter(tmp_path / "wide", base)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name] = tensors[name] + 1e6
+    save_file(tensors, folder / "adapter_model.safetensors")
+    ref = stack.store.put("adapter", "wide", _files(folder), inputs=[stack.base], link=False)
+    spec = stack.spec("Q4_0")
+    spec.adapter.CopyFrom(ref_message(ref))
+    spec.package.gguf_type = "F16"
+    job = stack.watch(stack.create("wide", spec).id, _ended)
+    assert job.error.reason == "TOO_LARGE_FOR_F16"
 
 
 def test_another_base_is_refused(stack: Stack, tmp_path: Path) -> None:

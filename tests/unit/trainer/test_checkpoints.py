@@ -26,7 +26,8 @@ FILES = (
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    return Dataset(rows(24), rows(5, 100), ())
+    # None are held out: a step at which those are measured has a checkpoint of its own.
+    return Dataset(rows(24), (), ())
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ def run_tool(
     on_line: Callable[[str], None],
     *,
     env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> int:
     """Run a program and return its exit code; it and all that it started end when we are interrupted.
 
@@ -29,11 +30,12 @@ def run_tool(
         log: Its output, standard output and error together, is appended here.
         on_line: Called with each line; a progress bar that redraws itself gives a line each time.
         env: Its whole environment; when absent ours without secrets and settings.
+        cwd: Its working folder.
 
     Raises:
         FailedPrecondition: The program is not there or can't be run.
     """
-    child = process.start(command, env=env)
+    child = process.start(command, env=env, cwd=cwd)
     try:
         with log.open("ab") as log_file:
             _pump(child, log_file.write, on_line)

@@ -268,8 +268,15 @@ class Packaging:
         def make() -> dict[str, object]:
             wanted = self._spec.gguf_type
             gguf_type = "F16" if wanted == "auto" else wanted
-            made = attempt(gguf_type, require_f16=wanted == "auto")
-            if made is None:  # a weight does not fit
+            made = attempt(gguf_type, require_f16=gguf_type == "F16")
+            if made is None and wanted == "F16":
+                raise FailedPrecondition(
+                    "A weight of the merged model is too large for F16: it would become infinite.",
+                    fix="Set package.gguf_type to auto or BF16.",
+                    reason="TOO_LARGE_FOR_F16",
+                    metadata={"field": "package.gguf_type"},
+                )
+            if made is None:
                 gguf_type = "BF16"
                 made = attempt(gguf_type, require_f16=False)
             assert made is not None

@@ -71,9 +71,13 @@ def quantize(
     if taken:
         write_hybrid(reference, taken, hybrid)
         source = hybrid
-    options: list[str | Path] = ["--imatrix", matrix] if matrix else []
-    command: list[str | Path] = [llama.quantize, *options, source, part, quantization]
-    code = run_tool(command, log, on_line, env=environment(target.parent))
+    # By its name alone: llama-quantize writes that into the file, and our folders are nobody else's business.
+    options = ["--imatrix", matrix.name] if matrix else []
+    command: list[str | Path] = [
+        llama.quantize, *options, source.absolute(), part.absolute(), quantization,
+    ]  # fmt: skip
+    cwd = matrix.parent if matrix else None
+    code = run_tool(command, log, on_line, env=environment(target.parent), cwd=cwd)
     _check(code, "llama-quantize", log)
     hybrid.unlink(missing_ok=True)
     part.replace(target)
@@ -120,10 +124,11 @@ def importance_matrix(
 
     part = target.with_name(f"part-{target.name}")
     command: list[str | Path] = [
-        llama.imatrix, "-m", reference, "-f", text, "-o", part, "--parse-special", "--no-ppl",
-        "-c", str(_CHUNK_TOKENS), "--chunks", str(chunks),
+        llama.imatrix, "-m", reference.absolute(), "-f", text.name, "-o", part.absolute(),
+        "--parse-special", "--no-ppl", "-c", str(_CHUNK_TOKENS), "--chunks", str(chunks),
     ]  # fmt: skip
-    code = run_tool(command, log, on_line, env=environment(target.parent))
+    # The text by its name alone, which the matrix keeps.
+    code = run_tool(command, log, on_line, env=environment(target.parent), cwd=text.parent)
     _check(code, "llama-imatrix", log)
     part.replace(target)
 
