@@ -93,6 +93,10 @@ def test_a_step_of_no_known_form_is_an_error() -> None:
         PLANNED.from_json({"spec": {}, "versions": {}})
 
 
+MADE_OTHERWISE_NOW = {"package"}
+"""Stages whose revision was raised since: what the version before made of the same inputs is other bytes."""
+
+
 def test_the_keys_of_results_are_the_same_so_that_they_are_taken_over(database: sqlite3.Connection) -> None:
     (document,) = database.execute(
         "SELECT document FROM web4lora_runs WHERE request_id = 'finished'"
@@ -102,4 +106,5 @@ def test_the_keys_of_results_are_the_same_so_that_they_are_taken_over(database: 
     for name, stage in stages_of(inputs.pipeline).items():
         if isinstance(stage, JobStage):
             made = record.stage(name)
-            assert stage.key(inputs, stage.spec(inputs), made.versions) == made.key, name
+            same = stage.key(inputs, stage.spec(inputs), made.versions) == made.key
+            assert same is (name not in MADE_OTHERWISE_NOW), name

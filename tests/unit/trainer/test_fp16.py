@@ -37,7 +37,7 @@ def base(tiny_base: Path) -> Base:
 
 @pytest.fixture(autouse=True)
 def _fp16(monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose(_: object, dtype: str) -> Device:
+    def choose(_: object, dtype: str, *__: object) -> Device:
         return Device("cpu", "cpu", "fp16" if dtype == "auto" else dtype, 1)
 
     monkeypatch.setattr("web4lora_trainer.train.choose_device", choose)
