@@ -129,3 +129,52 @@ def test_a_weight_that_does_not_fit_f16_is_told_before_a_file_is_made(made: Made
     assert converted is None
     assert [path.name for path in tmp_path.iterdir() if "gguf" in path.name] == []
     assert made.convert(wide, target, "BF16").merged.max_abs_weight == 70000.0
+
+
+_SIZES = {
+    "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 4,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "qwen2": (_SIZES, ["q_proj", "k_proj", "o_proj", "down_proj"]),
+    "mistral": ({**_SIZES, "tie_word_embeddings": False}, ["q_proj", "k_proj", "v_proj"]),
+}
+"""Biases that no adapter touches, and a head of its own; sizes, and what is trained."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_holds_for_other_families_and_tells_a_changed_value(
+    llama_cpp: LlamaCpp, tmp_path: Path, family: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    sizes, targets = FAMILIES[family]
+    base, adapter = tiny_llama.write_base(tmp_path / "base"), tmp_path / "adapter"
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(family, **sizes, vocab_size=vocabulary)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(base)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets))
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(adapter)
+    merge = Merge(base, adapter, read_layout(base, adapter, tmp_path))
+    target = tmp_path / "merged.gguf"
+    options: Any = {"log": tmp_path / "log", "report": lambda _: None}
+    made = convert(llama_cpp, base, target, gguf_type="F16", name="tiny", merge=merge, **options)
+    assert made is not None
+    assert prove(llama_cpp, merge, target, **options) > 0
+    header = read_gguf(target)
+    touched = next(
+        each for each in header.tensors if ".attn_q" in each.name and each.name.endswith(".weight")
+    )
+    values = np.memmap(
+        target, np.float16, "r+", header.data_at + touched.offset, (int(np.prod(touched.shape)),)
+    )
+    values[:: touched.shape[0]] += np.float16(0.25)  # the first of each row
+    values.flush()
+    with pytest.raises(DataLoss, match=touched.name):
+        prove(llama_cpp, merge, target, **options)
