@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 
 import sqlalchemy as sa
 
-from web4lora_gateway.database import DOOMED, HOLDS, RUNS, call, upsert
+from web4lora_gateway.database import DOOMED, HOLDS, RUNS, Waiting, call, upsert
 
 _DOOMED_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
@@ -25,20 +25,26 @@ class Holds:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
 
-    async def hold(self, run_id: str, digests: Collection[str]) -> bool:
-        """Hold artifacts until a run has ended; return False when one of them is being deleted."""
+    async def hold(self, run_id: str, digests: Collection[str], waiting: Waiting | None = None) -> bool:
+        """Hold artifacts until a run has ended; return False when one of them is being deleted.
+
+        Args:
+            run_id: The run.
+            digests: The artifacts.
+            waiting: Told why the database is waited for.
+        """
 
         def write(connection: sa.Connection) -> None:
             for digest in sorted(digests):
                 upsert(connection, HOLDS, {"run_id": run_id, "digest": digest})
 
-        await call(self._engine, write)
-        return not (await self._doomed()).intersection(digests)
+        await call(self._engine, write, waiting)
+        return not (await self._doomed(waiting)).intersection(digests)
 
-    async def settled(self) -> None:
+    async def settled(self, waiting: Waiting | None = None) -> None:
         """Wait until what is being deleted now is gone: a job must not store anew what is half deleted."""
-        before = await self._doomed()
-        while before & await self._doomed():
+        before = await self._doomed(waiting)
+        while before & await self._doomed(waiting):
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def held(self) -> dict[str, list[str]]:
@@ -69,6 +75,8 @@ class Holds:
         statement = sa.delete(DOOMED).where(DOOMED.c.digest.in_(list(digests)))
         await call(self._engine, lambda connection: connection.execute(statement))
 
-    async def _doomed(self) -> set[str]:
+    async def _doomed(self, waiting: Waiting | None) -> set[str]:
         query = sa.select(DOOMED.c.digest).where(DOOMED.c.until > time.time())
-        return set(await call(self._engine, lambda connection: connection.execute(query).scalars().all()))
+        return set(
+            await call(self._engine, lambda connection: connection.execute(query).scalars().all(), waiting)
+        )

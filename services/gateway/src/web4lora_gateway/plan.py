@@ -11,6 +11,7 @@ from web4lora_chassis.artifacts import ArtifactStore
 from web4lora_chassis.errors import NotFound
 from web4lora_chassis.rpc import ref_of, to_json
 
+from web4lora_gateway.database import Waiting
 from web4lora_gateway.keys import stage_key
 from web4lora_gateway.outcomes import DoCalls, DoJob, Plan, Reuse
 from web4lora_gateway.pools import STORE, Pool
@@ -33,11 +34,13 @@ class Planner:
         results: Earlier results by key.
         store: The artifacts.
         workers: Asked for their versions and for what is deployed.
+        waiting: Told why the database is waited for: a disk that is full now must not end a run.
     """
 
     results: StageResults
     store: ArtifactStore
     workers: Workers
+    waiting: Waiting
 
     async def plan(self, record: RunRecord, stage: AnyStage, patiently: Patiently) -> Plan:
         """Return what to do for a stage of a run.
@@ -51,7 +54,7 @@ class Planner:
             Cancelled: The run was cancelled while someone was waited for.
             Web4Error: Someone refused.
         """
-        await self.results.holds.settled()
+        await self.results.holds.settled(self.waiting)
         inputs = Inputs.of(record, lambda: run_json(record))
         if isinstance(stage, CallStage):
             deployer = self.workers.deployer
@@ -81,7 +84,7 @@ class Planner:
         before = record.taken_over.get(stage.name)
         if before is not None and (not record.forked_from or before.key == key):
             return before
-        return await self.results.find(key) if stage.reusable(inputs) else None
+        return await self.results.find(key, self.waiting) if stage.reusable(inputs) else None
 
     async def _holds(
         self,
@@ -95,7 +98,7 @@ class Planner:
         result = stage.read(earlier.result)
         refs = stage.artifacts(result)
         # Held first and looked for after: who deletes does it the other way round, so one sees the other.
-        if not await self.results.holds.hold(record.id, [ref.digest for ref in refs]):
+        if not await self.results.holds.hold(record.id, [ref.digest for ref in refs], self.waiting):
             return False
         try:
             for ref in refs:

@@ -22,10 +22,10 @@ class StageResults:
         self._engine = engine
         self.holds = Holds(engine)
 
-    async def find(self, key: str) -> StageResult | None:
-        """Return the newest result for a key, or None."""
+    async def find(self, key: str, waiting: Waiting | None = None) -> StageResult | None:
+        """Return the newest result for a key, or None; `waiting` is told why the database is waited for."""
         query = sa.select(RESULTS.c.document).where(RESULTS.c.key == key)
-        document = await call(self._engine, lambda connection: connection.execute(query).scalar())
+        document = await call(self._engine, lambda connection: connection.execute(query).scalar(), waiting)
         return StageResult.from_json(document) if document else None
 
     async def save(self, stage: str, made: StageResult, waiting: Waiting | None = None) -> None:

@@ -184,7 +184,7 @@ class RunWorkflow:
 
         record = await self._change(run_id, begin, name)
         try:
-            return await Planner(self.results, self.store, self.workers).plan(
+            return await Planner(self.results, self.store, self.workers, self._waiting(run_id, name)).plan(
                 record, _stage_of(record, name), lambda who, call: self._patiently(run_id, name, who, call)
             )
         except Web4Error as error:
