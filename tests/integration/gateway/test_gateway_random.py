@@ -94,6 +94,7 @@ class Schedule:
         self.servers = dict(servers or {})
         self.matrix: dict[str, Counter[str]] = defaultdict(Counter)
         self.stack = stack
+        self.pipeline = stack.pipeline()  # now: later the store that its data set is put into may be stopped
         self.apis = gateways
         self.random = random.Random(seed)
         self.requests: dict[str, gateway_pb2.CreateRunRequest] = {}
@@ -122,8 +123,9 @@ class Schedule:
         if self._at_work() >= MOST_RUNS_AT_WORK:
             return
         request_id = f"request-{len(self.requests)}"
-        pipeline = self.stack.pipeline(seed=self.random.randrange(4))
-        self.requests[request_id] = gateway_pb2.CreateRunRequest(pipeline=pipeline, request_id=request_id)
+        self.pipeline.train.seed = self.random.randrange(4)
+        request = gateway_pb2.CreateRunRequest(pipeline=self.pipeline, request_id=request_id)
+        self.requests[request_id] = request
         self._send(request_id, timeout)
 
     def cut_off(self) -> None:
