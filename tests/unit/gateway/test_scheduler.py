@@ -406,6 +406,24 @@ def test_what_a_gateway_thought_dead_gives_back_is_found_in_line(tmp_path: Path,
     asyncio.run(main())
 
 
+def test_cancelled_work_leaves_the_line_whatever_a_gateway_thought_dead_wrote(tmp_path: Path) -> None:
+    """Else it would be given a turn that nobody takes, and hold up everyone behind it."""
+
+    async def main() -> None:
+        one = StandIn("trainer")
+        one.held = True
+        async with world(tmp_path, one) as made:
+            work = asyncio.create_task(made.work("first"))
+            await until(lambda: one.jobs)
+            (place,) = await made.places()
+            await PlaceBook(made.engine).give_back(place, "")
+            made.cancels["first"].set()
+            assert isinstance(await work, Stopped)
+            assert await made.places() == []
+
+    asyncio.run(main())
+
+
 def test_a_gateway_that_was_thought_dead_ends_no_work_that_has_another_job(tmp_path: Path) -> None:
     async def main() -> None:
         one = StandIn("trainer")

@@ -118,7 +118,7 @@ class Scheduler:
                     return job
         except Cancelled:
             note = await self._cancel(here.place)
-            await self.places.finish(here.place)
+            await self._leave(here.place)
             return Stopped(note=note)
         finally:
             del self._here[place.work]
@@ -167,20 +167,23 @@ class Scheduler:
             await self._give_back(here, job_id)
             return None
         except Web4Error:
-            await self.places.finish(place)
+            await self._leave(place)
             raise
         finally:
             watch.cancel()
         now = await self.places.finish(place)
-        if (
-            now.attempt != place.attempt
-        ):  # given back by a gateway that died: its cancel may be what ended the job
-            if job.state == jobs_pb2.JOB_STATE_CANCELLED:
+        if now.attempt != place.attempt:  # given back by a gateway that was thought dead
+            if job.state == jobs_pb2.JOB_STATE_CANCELLED:  # by its cancel, not by anybody's wish
                 here.place = now
                 return None
-            await self.places.finish(now)
+            await self._leave(now)
         self._took[place.kind, place.lane] = time.time() - place.began_at
         return job
+
+    async def _leave(self, place: Place) -> None:
+        """Leave the line for good, also when the work has another job by now: nobody waits for that one."""
+        while (now := await self.places.finish(place)).attempt != place.attempt:
+            place = now
 
     async def _give_back(self, here: _Here, job_id: str) -> None:
         """Take work from a worker that is lost or paused; its job is cancelled, now or once that is back."""
