@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from web4lora_chassis.dataset import Dataset
 from web4lora_chassis.errors import InvalidInput
@@ -29,9 +30,13 @@ from tests.unit.trainer.test_train import SETTINGS, rows, silent
 
 
 def assembled(
-    base: Path, folder: Path, settings: TrainSettings = SETTINGS, start: Path | None = None
+    base: Path,
+    folder: Path,
+    settings: TrainSettings = SETTINGS,
+    start: Path | None = None,
+    dtype: str = "fp32",
 ) -> AnswerTrainer:
-    decoder, device = read_decoder(base), Device("cpu", "cpu", "fp32", 1)
+    decoder, device = read_decoder(base), Device("cpu", "cpu", dtype, 1)
     encoded = encode_rows(rows(18), load_tokenizer(base), 512)
     plan = make_plan("key", settings, decoder, encoded, replace(encoded, rows=()), device)
     rung = rungs(plan, may_checkpoint=False)[0]
@@ -40,6 +45,30 @@ def assembled(
 
 def weights(trainer: AnswerTrainer) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(trainer.peft_model)
+
+
+def test_in_16_bit_no_adapted_layer_s_input_goes_to_fp32_and_back(tiny_base: Path, tmp_path: Path) -> None:
+    """It costs a tenth of the time on a CPU that multiplies bf16, and changes no bit of a gradient."""
+    trainer = assembled(tiny_base, tmp_path, dtype="bf16")
+    layers = [layer for layer in trainer.peft_model.modules() if isinstance(layer, LoraLayer)]
+    inputs: list[torch.dtype] = []
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        layer.lora_A["default"].register_forward_pre_hook(lambda _, given: inputs.append(given[0].dtype))
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        trainer.peft_model.zero_grad()
+        trainer.compute_loss(trainer.peft_model, batch).backward()
+        return {n: p.grad.clone() for n, p in trainer.peft_model.named_parameters() if p.grad is not None}
+
+    ours = gradients()
+    assert inputs == [torch.bfloat16] * len(layers)
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True
+    pefts = gradients()
+    assert ours.keys() == pefts.keys()
+    assert all(torch.equal(ours[name], gradient) for name, gradient in pefts.items())
 
 
 def test_a_training_from_an_adapter_begins_with_its_weights(tiny_base: Path, tmp_path: Path) -> None:

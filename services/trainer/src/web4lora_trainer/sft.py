@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset as TokenDataset
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -108,6 +109,9 @@ class AnswerTrainer(SFTTrainer):
             peft_config=lora,
             callbacks=list(callbacks),
         )
+        for layer in self.peft_model.modules():
+            if isinstance(layer, LoraLayer):  # PEFT would make its input fp32, and autocast 16-bit again
+                layer.cast_input_dtype_enabled = plan.device.dtype == "fp32"
         if plan.device.dtype == "fp16":
             for parameter in self.peft_model.parameters():
                 if parameter.requires_grad:
