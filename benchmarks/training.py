@@ -1,16 +1,18 @@
 """How fast this machine trains: our trainer beside TRL's SFT trainer, on the same rows, in one run.
 
-    .venv/bin/python benchmarks/training_speed.py --seconds 60
+    .venv/bin/python benchmarks/training.py --seconds 60
 
 Every variant trains SmolLM2-135M-Instruct on the sample dataset in a process of its own, one after the other,
 for the given time; the first two steps, which warm caches up, are not counted. Speed is in non-padding tokens
-through the model in a second of training, so padding is not rewarded.
+through the model in a second of training, so padding is not rewarded. The last line is no training: the rate
+at which the linear layers' own multiplications alone would go through as many tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import resource
 import subprocess
@@ -28,6 +30,8 @@ WARM_UP_STEPS = 2
 DEMO_LAST_LAYERS = 14
 TRL_BATCH_ROWS = 8  # TRL's default
 PEER_DEFAULTS = "TRL SFTTrainer, its defaults (bf16, gradient checkpointing)"
+PEER_BEST = "TRL SFTTrainer, bf16, packed, no checkpointing"
+PACKED_TOKENS = 512
 
 VARIANTS: dict[str, Callable[[float], dict[str, Any]]] = {}
 
@@ -103,7 +107,7 @@ def _trl(seconds: float, **options: Any) -> dict[str, Any]:
             model=str(_base_folder()),
             args=SFTConfig(
                 output_dir=folder, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no",
-                seed=17, per_device_train_batch_size=TRL_BATCH_ROWS, use_cpu=True, **options,
+                seed=17, use_cpu=True, **{"per_device_train_batch_size": TRL_BATCH_ROWS, **options},
             ),
             train_dataset=rows,
             peft_config=LoraConfig(
@@ -146,9 +150,18 @@ def trl_defaults(seconds: float) -> dict[str, Any]:
 
 
 @variant("TRL SFTTrainer, fp32, no checkpointing")
-def trl_tuned(seconds: float) -> dict[str, Any]:
-    """The peer with what a person who knows this CPU would set."""
+def trl_fp32(seconds: float) -> dict[str, Any]:
+    """The peer with what a person would set whose CPU can't multiply bf16."""
     return _trl(seconds, bf16=False, gradient_checkpointing=False)
+
+
+@variant(PEER_BEST)
+def trl_best(seconds: float) -> dict[str, Any]:
+    """The peer with what a person would set whose CPU can: rows of 512 tokens, packed, one at a time."""
+    return _trl(
+        seconds, gradient_checkpointing=False, packing=True, max_length=PACKED_TOKENS,
+        per_device_train_batch_size=1,
+    )  # fmt: skip
 
 
 @variant("web4lora, every layer")
@@ -163,6 +176,38 @@ def ours_demo(seconds: float) -> dict[str, Any]:
     return _ours(seconds, DEMO_LAST_LAYERS)
 
 
+@variant("the linear layers' multiplications alone, every layer")
+def multiplications(seconds: float) -> dict[str, Any]:
+    """Forward and input gradient of every linear layer, and of the head where tokens are trained on."""
+    import torch
+    from web4lora_chassis.dataset import read_dataset
+    from web4lora_trainer.base_model import load_tokenizer
+    from web4lora_trainer.decoder import read_decoder
+    from web4lora_trainer.device import choose_device
+    from web4lora_trainer.encoding import encode_rows
+
+    decoder = read_decoder(_base_folder())
+    device = choose_device(decoder.layer_shapes, "auto", "cpu")
+    encoded = encode_rows(read_dataset(TRAIN_FILES).train, load_tokenizer(decoder.folder), PACKED_TOKENS).rows
+    share = sum(row.trained_tokens for row in encoded) / sum(map(len, encoded))
+    layers = [(shape, PACKED_TOKENS) for shape in decoder.layer_shapes] * decoder.layers
+    layers.append(((decoder.vocabulary, decoder.hidden_size), round(share * PACKED_TOKENS)))
+    work = [
+        tuple(
+            torch.randn(size).to(device.torch_dtype) for size in (shape, (rows, shape[1]), (rows, shape[0]))
+        )
+        for shape, rows in layers
+    ]
+    meter = Meter(seconds)
+    with contextlib.suppress(Enough), torch.no_grad():
+        for step in itertools.count(1):
+            for weight, value, gradient in work:
+                value @ weight.t()
+                gradient @ weight
+            meter.step(step, step * PACKED_TOKENS)
+    return meter.result
+
+
 def main() -> int:
     """Measure every variant in its own process and print the table."""
     parser = argparse.ArgumentParser(
@@ -170,9 +215,9 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="time for each variant (default 60)")
     parser.add_argument(
-        "--peer-defaults",
+        "--peer-bf16",
         action="store_true",
-        help="measure TRL as it comes too: minutes a step on a CPU that can't multiply bf16",
+        help="measure TRL in bf16 too, as it comes: minutes a step on a CPU that can't multiply bf16",
     )
     parser.add_argument("--child", choices=list(VARIANTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -181,7 +226,7 @@ def main() -> int:
         return 0
     measured = {}
     for name in VARIANTS:
-        if name == PEER_DEFAULTS and not arguments.peer_defaults:
+        if name in (PEER_DEFAULTS, PEER_BEST) and not arguments.peer_bf16:
             continue
         print(f"measuring: {name}", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--seconds", str(arguments.seconds), "--child", name]
