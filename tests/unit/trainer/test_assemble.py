@@ -71,6 +71,37 @@ def test_in_16_bit_no_adapted_layer_s_input_goes_to_fp32_and_back(tiny_base: Pat
     assert all(torch.equal(ours[name], gradient) for name, gradient in pefts.items())
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_changes_neither_loss_nor_gradient(tiny_base: Path, tmp_path: Path, attention: str) -> None:
+    """No mask is passed on: rows of several lengths in a batch are to give what each gives alone."""
+    trainer = assembled(tiny_base, tmp_path)
+    trainer.peft_model.set_attn_implementation(attention)
+    for layer in trainer.peft_model.modules():
+        if isinstance(layer, LoraLayer):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    data: Any = trainer.train_dataset
+    chosen = sorted(data, key=lambda row: len(row["input_ids"]))[:: len(data) // 3]
+    assert len({len(row["input_ids"]) for row in chosen}) > 1
+
+    def run(batches: list[list[Any]]) -> tuple[float, dict[str, torch.Tensor]]:
+        trainer.peft_model.zero_grad()
+        total = 0.0
+        for batch in batches:
+            loss = trainer.compute_loss(
+                trainer.peft_model, trainer.data_collator(batch), num_items_in_batch=100
+            )
+            loss.backward()
+            total += loss.item()
+        named = trainer.peft_model.named_parameters()
+        return total, {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    loss, gradients = run([chosen])
+    alone, expected = run([[row] for row in chosen])
+    assert loss == pytest.approx(alone, rel=1e-5)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+
+
 def test_a_training_from_an_adapter_begins_with_its_weights(tiny_base: Path, tmp_path: Path) -> None:
     data, base = Dataset(rows(18), (), ()), Base(tiny_base, "org/tiny")
     train(SETTINGS, data, base, tmp_path / "first", silent)

@@ -198,9 +198,8 @@ class AnswerTrainer(SFTTrainer):
         labels = inputs["labels"][:, 1:]
         counted = labels != IGNORED
         with self.autocast():
-            states = base.get_decoder()(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).last_hidden_state
+            # Without a mask: padding comes behind a row's tokens, and no token sees what comes behind it.
+            states = base.get_decoder()(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
             head = base.get_output_embeddings()
             loss = AnswerLoss.apply(states[:, :-1][counted], head.weight, head.bias, labels[counted])
         return loss, int(counted.sum())
