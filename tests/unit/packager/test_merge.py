@@ -159,7 +159,7 @@ def test_a_tied_head_is_untied_when_it_is_trained_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
         ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"peft_type": "LOHA"}, "peft_type"),

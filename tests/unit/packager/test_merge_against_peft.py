@@ -42,6 +42,7 @@ _ALL = {"target_modules": "all-linear"}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all linear": _ALL,
     "rank stabilized": {**_ALL, "use_rslora": True},
+    "DoRA": {**_ALL, "use_dora": True},
     "patterns": {**_ALL, "rank_pattern": {r".*\.1\..*": 2}, "alpha_pattern": {r".*\.0\..*": 9}},
     "flag fan_in_fan_out": {**_ALL, "fan_in_fan_out": True},
     "no flag": {**_ALL, "fan_in_fan_out": False},
@@ -52,7 +53,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "a norm whole": {**_ALL, "modules_to_save": ["norm", "final_layernorm", "ln_f"]},
 }
 _BASIC = {"gpt2": ["c_attn", "c_proj"], "phi3": ["qkv_proj", "o_proj"]}
-CASES = [(family, kind) for family in FAMILIES for kind in ADAPTERS]
+CASES = [(family, kind) for family in FAMILIES for kind in ADAPTERS if (family, kind) != ("gpt2", "DoRA")]
 
 
 def _model(family: str, dtype: Any) -> Any:
@@ -77,7 +78,7 @@ def _adapted(model: Any, family: str, kind: str) -> Any:
         for name, weight in adapted.named_parameters():
             if weight.requires_grad:
                 noise = torch.randn_like(weight, dtype=torch.float32) * 0.1
-                weight.copy_(noise if "lora_" in name else weight.float() + noise)
+                weight.copy_(noise if "lora_A" in name or "lora_B" in name else weight.float() + noise)
     return adapted
 
 
@@ -134,7 +135,13 @@ def test_gpt2s_own_files_name_no_body(tmp_path: Path) -> None:
     assert _prove(tmp_path)["compared"] == 7
 
 
-@pytest.mark.parametrize("kind", ["all linear", "patterns"])
+def test_dora_on_weights_stored_the_other_way_round_is_refused(tmp_path: Path) -> None:
+    _train(tmp_path, "gpt2", "DoRA")
+    with pytest.raises(FailedPrecondition, match=r"DoRA, and .*c_attn.weight is stored as \(in, out\)"):
+        _merge(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["all linear", "patterns", "DoRA"])
 def test_bfloat16_weights_are_within_one_rounding_of_peft(tmp_path: Path, kind: str) -> None:
     adapted = _train(tmp_path, "llama", kind, torch.bfloat16)
     _merge(tmp_path)
@@ -186,6 +193,16 @@ def test_an_embedding_merged_into_its_tied_head_is_caught(tmp_path: Path, family
     _train(tmp_path, family, kind)
     _merge(tmp_path, tied={})
     assert "lm_head.weight" in _caught(tmp_path)
+
+
+def test_rows_of_another_length_than_dora_gave_them_are_caught(tmp_path: Path) -> None:
+    _train(tmp_path, "llama", "DoRA")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    _merge(tmp_path)
+    name = next(name for name in tensors if "magnitude" in name)
+    save_file({**tensors, name: tensors[name] * 1.01}, file)
+    assert name.split(".")[-2] in _caught(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

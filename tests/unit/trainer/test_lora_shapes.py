@@ -31,6 +31,7 @@ SHAPES: dict[str, tuple[LoraSettings, dict[str, Any]]] = {
         {"target_modules": LINEAR, "layers_to_transform": [1]},
     ),
     "rank stabilized": (LoraSettings(4, use_rslora=True), {"use_rslora": True}),
+    "DoRA": (LoraSettings(4, use_dora=True), {"use_dora": True}),
     "patterns": (
         LoraSettings(4, rank_pattern={"v_proj": 2}, alpha_pattern={"layers.1.self_attn.q_proj": 24.0}),
         {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 24.0}},

@@ -133,7 +133,6 @@ def test_specs_are_refused_before_a_job_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("lora", "said"),
     [
-        ({"use_dora": True}, "train.lora.use_dora: DoRA scales the base's own weights"),
         (
             {"target_modules": ["all-linear", "q_proj"]},
             "train.lora.target_modules: all-linear names every layer",

@@ -21,7 +21,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What of an adapter is read; never adapter_model.bin, which is a pickle."""
 
 _PREFIX = "base_model.model."
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|magnitude_vector)(?:(?<=[AB])\.weight)?")
 
 # Keys of adapter_config.json that a merge need not look at: they steer training or name things, or the base's
 # own layers decide (fan_in_fan_out).
@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 _READ = {
     "alpha_pattern", "bias", "lora_alpha", "modules_to_save", "peft_type", "r",
-    "rank_pattern", "use_rslora",
+    "rank_pattern", "use_dora", "use_rslora",
 }  # fmt: skip
 # Of these the base's own weights were changed before training; merging needs more than the adapter.
 _INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -55,6 +55,7 @@ class LoraConfig:
         rank_pattern: Rank by pattern of module names.
         alpha_pattern: Alpha by pattern of module names.
         rank_stabilized: Scale by alpha / sqrt(rank) rather than alpha / rank.
+        dora: The updated weight's rows are given trained lengths.
         modules_to_save: Modules that were trained whole.
     """
 
@@ -63,6 +64,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     rank_stabilized: bool
+    dora: bool
     modules_to_save: tuple[str, ...]
 
     def scale(self, module: str, rank: int) -> float:
@@ -77,7 +79,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Adds scale * B @ A to a weight.
+    """Adds scale * B @ A to a weight; with DoRA each row of the sum then gets a length of its own.
 
     Attributes:
         module: The module's name in the base.
@@ -85,6 +87,7 @@ class LowRank:
         up: Name of B in the adapter, of shape (out, rank).
         rank: Their common dimension.
         scale: Factor of the product.
+        magnitude: Name of the lengths in the adapter, of shape (out,); None where it is plain LoRA.
     """
 
     module: str
@@ -92,6 +95,7 @@ class LowRank:
     up: str
     rank: int
     scale: float
+    magnitude: str | None = None
 
 
 @dataclass(frozen=True)
@@ -168,16 +172,18 @@ class Adapter:
                 changes[inner] = Replacement(name)
             else:
                 raise self._refused(f"its tensor {name} is of no kind that is merged here")
-        for module, pair in pairs.items():
+        parts = ("A", "B", "magnitude_vector") if self.config.dora else ("A", "B")
+        for module, found in pairs.items():
             target = f"{module}.weight"
-            if set(pair) != {"A", "B"} or target in changes:
-                raise self._refused(f"{module} needs lora_A and lora_B and nothing else")
-            changes[target] = self._low_rank(module, pair["A"], pair["B"])
+            if set(found) != set(parts) or target in changes:
+                needed = " and ".join(f"lora_{part}" for part in parts)
+                raise self._refused(f"{module} needs {needed} and nothing else")
+            changes[target] = self._low_rank(module, *(found[part] for part in parts))
         if not changes:
             raise self._refused("it holds no tensors")
         return changes
 
-    def _low_rank(self, module: str, down: str, up: str) -> LowRank:
+    def _low_rank(self, module: str, down: str, up: str, magnitude: str | None = None) -> LowRank:
         a, b = self.shapes[down], self.shapes[up]
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
             raise self._refused(f"{module} has lora_A of shape {a} and lora_B of shape {b}")
@@ -186,7 +192,9 @@ class Adapter:
             raise self._refused(
                 f"{module} has rank {rank}, adapter_config.json says {self.config.rank_of(module)}"
             )
-        return LowRank(module, down, up, rank, self.config.scale(module, rank))
+        if magnitude is not None and self.shapes[magnitude] != (b[0],):
+            raise self._refused(f"{magnitude} is of shape {self.shapes[magnitude]}, not {(b[0],)}")
+        return LowRank(module, down, up, rank, self.config.scale(module, rank), magnitude)
 
     def _saved_whole(self, name: str) -> bool:
         """Return True when a tensor is of a module that was trained whole: by its name's end, as for PEFT."""
@@ -220,6 +228,7 @@ def _config(data: Mapping[str, Any], path: Path) -> LoraConfig:
             rank_pattern=_patterns(data, "rank_pattern", _rank),
             alpha_pattern=_patterns(data, "alpha_pattern", _alpha),
             rank_stabilized=_flag(data.get("use_rslora"), "use_rslora"),
+            dora=_flag(data.get("use_dora"), "use_dora"),
             modules_to_save=_modules(data.get("modules_to_save")),
         )
     except KeyError as error:
@@ -289,7 +298,7 @@ def _unset(key: str, value: Any) -> bool:
 def _unsupported(path: Path, what: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"{path}: an adapter with {what} is not merged here.",
-        fix="Train plain LoRA: no DoRA, no trained biases, no weights that change the base.",
+        fix="Train LoRA or DoRA: no trained biases, no weights that change the base.",
         reason="ADAPTER_UNSUPPORTED",
     )
 

@@ -33,6 +33,7 @@ def require_convertible(adapter: Adapter, layout: Layout) -> None:
     config = adapter.config
     beyond = {
         "use_rslora": config.rank_stabilized,
+        "use_dora": config.dora,
         "alpha_pattern": bool(config.alpha_pattern),
         "modules_to_save": bool(config.modules_to_save),
         "weights stored as (in, out)": not layout.transposed.isdisjoint(adapter.plan()),

@@ -1,5 +1,7 @@
 """Merges an adapter into its base, tensor by tensor: W + s * B @ A in float32, rounded once.
 
+DoRA gives each row of that sum a trained length.
+
 `Merge` says which tensors change and gives their values, for `stream` to hand to llama.cpp's converter;
 `merge` writes them as a checkpoint. There untouched tensors are copied byte for byte, and so is every other
 file. Memory stays at a block of rows and one adapter pair, whatever the model's size.
@@ -262,6 +264,12 @@ def _check_fit(
         else:
             shape = (lora.shapes[change.up][0], lora.shapes[change.down][1])
             shape = shape[::-1] if planned.transposed else shape
+            if change.magnitude is not None and planned.transposed:
+                raise FailedPrecondition(
+                    f"{lora.path} is of DoRA, and {name} is stored as (in, out); that is not merged here.",
+                    fix="Train it with use_dora: false.",
+                    reason="ADAPTER_UNSUPPORTED",
+                )
         if shape != tensor.shape:
             raise _misfit(lora, f"{name} is {tensor.shape} in the base and {shape} in the adapter")
 
@@ -292,12 +300,18 @@ def _written(plan: Merge, tensor: Tensor, tally: Tally) -> Iterator[NDArray[Any]
 def _updated(
     tensor: Tensor, change: LowRank, lora: Adapter, *, transposed: bool
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Yield blocks of rows of a weight as they were and with the low-rank product added, in float32."""
+    """Yield blocks of rows of a weight as they were and with the low-rank change, in float32."""
     down, up = lora.read(change.down), lora.read(change.up)
     left, right = (down.T, up.T) if transposed else (up, down)
+    lengths = None if change.magnitude is None else lora.read(change.magnitude)
     for start, old in blocks(tensor):
         product = left[start : start + len(old)] @ right
-        yield old, old + np.float32(change.scale) * product
+        new = old + np.float32(change.scale) * product
+        if lengths is not None:
+            with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros is refused when it is seen
+                factors = lengths[start : start + len(old)] / np.linalg.norm(new, axis=1)
+            new *= factors[:, np.newaxis]
+        yield old, new
 
 
 def _replaced(

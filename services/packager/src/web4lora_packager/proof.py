@@ -201,7 +201,13 @@ def _low_rank(module: Any, files: Files, name: str) -> Any:
             a, b = a[:, start:end].float(), b[:].float()
         else:
             a, b = a[:].float(), b[start:end].float()
-        return old + delta(a, b), old.abs() + delta(a.abs(), b.abs()).abs()
+        change, sizes = delta(a, b), delta(a.abs(), b.abs()).abs()
+        if _ADAPTER not in module.lora_magnitude_vector:
+            return old + change, old.abs() + sizes
+        lengths = files.slice(f"{name}.lora_magnitude_vector")[start:end].float()
+        now = module.lora_magnitude_vector[_ADAPTER].get_weight_norm(old, change, scaling=1)
+        factors = (lengths / now)[:, None]
+        return factors * (old + change), old.abs() + factors.abs() * (old.abs() + sizes)
 
     return update
 

@@ -133,6 +133,7 @@ def _adapter(settings: TrainSettings, decoder: Decoder) -> LoraConfig:
         lora_dropout=lora.dropout,
         target_modules=list(decoder.target_modules(lora)),
         use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         layers_to_transform=list(range(layers - last, layers)) if 0 < last < layers else None,

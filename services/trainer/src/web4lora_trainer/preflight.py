@@ -191,10 +191,14 @@ def _steps_an_epoch(train: EncodedRows, settings: TrainSettings, device: Device)
 
 
 def adapter_parameters(decoder: Decoder, settings: TrainSettings) -> int:
-    """Return the number of weights that will be trained: rank * (inputs + outputs) of every adapted layer."""
+    """Return the number of weights that will be trained.
+
+    Those are rank * (inputs + outputs) of every adapted layer, and with DoRA a length for each output.
+    """
     lora = settings.lora
     return sum(
-        lora.rank_of(name) * (rows + columns) for name, (rows, columns) in decoder.adapted(lora).items()
+        lora.rank_of(name) * (rows + columns) + lora.use_dora * rows
+        for name, (rows, columns) in decoder.adapted(lora).items()
     )
 
 

@@ -48,12 +48,12 @@ def problems_of(pipeline: gateway_pb2.Pipeline) -> list[Problem]:
             )
         )
     lora = pipeline.train.lora
-    if pipeline.package.adapter_gguf and (lora.use_rslora or lora.alpha_pattern):
+    if pipeline.package.adapter_gguf and (lora.use_rslora or lora.use_dora or lora.alpha_pattern):
         found.append(
             Problem(
                 "package.adapter_gguf",
-                "llama.cpp scales an adapter by alpha / rank alone: rsLoRA and alpha_pattern have no place.",
-                "Leave out train.lora.use_rslora and alpha_pattern, or deploy a merged model.",
+                "llama.cpp scales an adapter by alpha / rank alone: rsLoRA, DoRA, alpha_pattern are none.",
+                "Leave out use_rslora, use_dora and alpha_pattern in train.lora, or deploy a merged model.",
                 between=True,
             )
         )

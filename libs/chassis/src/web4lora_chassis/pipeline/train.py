@@ -48,7 +48,7 @@ class LoraSettings(StageSettings):
         last_layers: Adapt only the last so many decoder layers; 0 means all. The backward pass stops at the
             first adapted layer, which makes training faster.
         use_rslora: The update is multiplied by alpha / sqrt(rank) instead; PEFT's name.
-        use_dora: Refused: nothing here can merge it.
+        use_dora: The updated weight's rows get trained lengths (DoRA); PEFT's name.
         rank_pattern: Rank of the layers whose names end so; PEFT's name.
         alpha_pattern: Alpha of the layers whose names end so; PEFT's name.
     """
@@ -72,12 +72,6 @@ class LoraSettings(StageSettings):
 
     def between(self) -> Iterator[Wrong]:
         """See `StageSettings.between`."""
-        if self.use_dora:
-            yield (
-                "use_dora",
-                "DoRA scales the base's own weights, which no merge here does yet.",
-                "Set it to false; use_rslora or a higher rank may give as much.",
-            )
         if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
             yield "target_modules", f"{ALL_LINEAR} names every layer already.", "Name it alone."
 
