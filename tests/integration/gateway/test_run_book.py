@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ import sqlalchemy as sa
 from dbos import _utils as dbos_utils
 from web4.lora.v1 import gateway_pb2
 from web4lora_chassis.artifacts import open_store
-from web4lora_chassis.errors import FailedPrecondition, InvalidInput, ResourceExhausted
+from web4lora_chassis.errors import FailedPrecondition, InvalidInput, ResourceExhausted, Unavailable
 from web4lora_chassis.jobs import Progress
 from web4lora_chassis.rpc import ref_message, to_json
 from web4lora_gateway import gateways as gateways_module
@@ -33,6 +34,8 @@ from web4lora_gateway.settings import GatewaySettings
 from web4lora_gateway.stage_results import StageResults
 from web4lora_gateway.stages import Inputs, Prepare
 from web4lora_gateway.workers import Workers
+
+from tests.servers.postgresql import server
 
 EARLIER = Path(__file__).parents[2] / "earlier_state" / "gateway.sql"
 
@@ -172,6 +175,26 @@ def test_a_gateway_that_is_silent_is_gone_and_one_that_leaves_is_gone_at_once(
         assert await a.live() == {"a"}
         await b.beat()
         assert await a.live() == {"a", "b"}
+
+    asyncio.run(main())
+
+
+def test_a_server_that_hangs_is_waited_for_at_the_start_and_one_that_is_not_there_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        with server() as database:
+            url = f"{database.address}?connect_timeout=2"
+            database.signal(signal.SIGSTOP)
+            try:
+                opening = asyncio.create_task(asyncio.to_thread(open_database, url))
+                await eventually(lambda: _true("the database is waited for" in caplog.text or opening.done()))
+                assert not opening.done()
+            finally:
+                database.signal(signal.SIGCONT)
+            (await opening).dispose()
+        with pytest.raises(Unavailable, match="is out of reach"):
+            await asyncio.to_thread(open_database, url)
 
     asyncio.run(main())
 
