@@ -39,7 +39,7 @@ RANDOM_SECONDS ?= 900
 RANDOM_SEED ?= 0
 .PHONY: soak
 soak: setup $(VENV)/.develop ## what takes long and rarely finds anything: before a release
-	@$(BIN)/python -m pytest tests/soak
+	@$(BIN)/python -m pytest -s tests/soak
 	@WEB4LORA_RANDOM_SECONDS=$(RANDOM_SECONDS) WEB4LORA_RANDOM_SEED=$(RANDOM_SEED) \
 	    $(BIN)/python -m pytest -s tests/integration/gateway/test_gateway_random.py
 

@@ -68,7 +68,12 @@ class Stack:
             command = (
                 [sys.executable, "-m", "web4lora_gateway"]
                 if name.startswith("gateway")
-                else [sys.executable, str(HERE / "stand_in" / "stand_in_service.py"), name, str(self.control)]
+                else [
+                    sys.executable,
+                    str(HERE / "stand_in" / "stand_in_service.py"),
+                    name if name in WORKERS else "trainer",
+                    str(self.control),
+                ]
             )
             with (self.root / f"{name}.log").open("ab") as log:
                 self.processes[name] = subprocess.Popen(
@@ -90,6 +95,18 @@ class Stack:
             "WEB4LORA_GATEWAY_ADDRESS": self.addresses[name],
         }
         return gateway_pb2_grpc.GatewayServiceStub(channel(self.addresses[name], self.settings))
+
+    def add_trainer(self, name: str) -> None:
+        """Let `start` know another trainer with a state folder of its own, which shares the store."""
+        self.addresses[name] = f"127.0.0.1:{free_port()}"
+        (self.root / name).mkdir()
+        self.envs[name] = {
+            "WEB4LORA_HOME": str(self.root / name),
+            "WEB4LORA_STORE": self.store.url,
+            "WEB4LORA_TRAINER_ADDRESS": self.addresses[name],
+        }
+        known = self.env.get("WEB4LORA_TRAINERS", "")
+        self.env["WEB4LORA_TRAINERS"] = ",".join(filter(None, [known, f"{name}={self.addresses[name]}"]))
 
     def kill(self, name: str, how: int = signal.SIGKILL) -> int:
         process = self.processes.pop(name)
@@ -149,8 +166,8 @@ class Stack:
         return found[-1]
 
     def jobs(self, worker: str) -> list[dict]:
-        """Return the jobs on a worker's disk, oldest first."""
-        paths = (self.root / "home" / worker / "jobs").glob("*/job.json")
+        """Return the jobs on the disk of a worker, of all trainers together, oldest first."""
+        paths = self.root.glob(f"*/{worker}/jobs/*/job.json")
         return sorted((json.loads(path.read_text()) for path in paths), key=lambda job: job["created_at"])
 
     def wait(self, condition, what: str, tell=lambda: "") -> None:

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,10 +259,15 @@ def check(schedule: Schedule) -> Counter[str]:
         assert time.monotonic() < deadline, f"stuck: {stuck}\n{unended[0]}\n{stack._logs()}"
         time.sleep(0.5)
     runs = list(api.ListRuns(gateway_pb2.ListRunsRequest(page_size=1000)).runs)
+    return check_ended(stack, runs, schedule.cancelled)
+
+
+def check_ended(stack: Any, runs: Sequence[gateway_pb2.Run], cancelled: Collection[str]) -> Counter[str]:
+    """Hold runs that have ended, which are all there are, against what was asked for; return their states."""
     states = Counter(gateway_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_") for run in runs)
     failed = [run for run in runs if run.state == gateway_pb2.RUN_STATE_FAILED]
     assert not failed, f"{failed[0].id}: {failed[0].error}\n{stack._logs()}"
-    assert {run.id for run in runs if run.state == gateway_pb2.RUN_STATE_CANCELLED} <= schedule.cancelled
+    assert {run.id for run in runs if run.state == gateway_pb2.RUN_STATE_CANCELLED} <= set(cancelled)
     made = Counter(run.request_id for run in runs)
     assert made.total() == len(made), f"a request made two runs: {made.most_common(3)}"
 

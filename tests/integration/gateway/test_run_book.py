@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -15,16 +16,26 @@ import pytest
 import sqlalchemy as sa
 from dbos import _utils as dbos_utils
 from web4.lora.v1 import gateway_pb2
-from web4lora_chassis.errors import FailedPrecondition, InvalidInput, ResourceExhausted
+from web4lora_chassis.artifacts import open_store
+from web4lora_chassis.errors import FailedPrecondition, InvalidInput, ResourceExhausted, Unavailable
 from web4lora_chassis.jobs import Progress
+from web4lora_chassis.rpc import ref_message, to_json
 from web4lora_gateway import gateways as gateways_module
 from web4lora_gateway.database import RUNS, TROUBLE, call, let_the_engine_wait, open_database
 from web4lora_gateway.gateways import Gateways
-from web4lora_gateway.records import RunRecord, RunState, StageState, UnreadableRun
+from web4lora_gateway.outcomes import Reuse
+from web4lora_gateway.pipeline import check_pipeline
+from web4lora_gateway.plan import Call, Planner
+from web4lora_gateway.records import RunRecord, RunState, StageResult, StageState, UnreadableRun
 from web4lora_gateway.run_creation import RunCreator
 from web4lora_gateway.run_messages import run_message
 from web4lora_gateway.runs import RunBook, Unended
 from web4lora_gateway.settings import GatewaySettings
+from web4lora_gateway.stage_results import StageResults
+from web4lora_gateway.stages import Inputs, Prepare
+from web4lora_gateway.workers import Workers
+
+from tests.servers.postgresql import server
 
 EARLIER = Path(__file__).parents[2] / "earlier_state" / "gateway.sql"
 
@@ -168,6 +179,26 @@ def test_a_gateway_that_is_silent_is_gone_and_one_that_leaves_is_gone_at_once(
     asyncio.run(main())
 
 
+def test_a_server_that_hangs_is_waited_for_at_the_start_and_one_that_is_not_there_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        with server() as database:
+            url = f"{database.address}?connect_timeout=2"
+            database.signal(signal.SIGSTOP)
+            try:
+                opening = asyncio.create_task(asyncio.to_thread(open_database, url))
+                await eventually(lambda: _true("the database is waited for" in caplog.text or opening.done()))
+                assert not opening.done()
+            finally:
+                database.signal(signal.SIGCONT)
+            (await opening).dispose()
+        with pytest.raises(Unavailable, match="is out of reach"):
+            await asyncio.to_thread(open_database, url)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -253,8 +284,6 @@ def test_a_creation_whose_caller_goes_away_is_finished(tmp_path: Path) -> None:
     async def main() -> None:
         book = RunBook(open_database(f"sqlite:///{tmp_path}/gateway.sqlite"), "a")
         settings = GatewaySettings(home=tmp_path)
-        from web4lora_chassis.artifacts import open_store
-
         at_start, go_on, started = asyncio.Event(), asyncio.Event(), []
 
         async def start(run_id: str) -> None:
@@ -316,6 +345,59 @@ def test_a_full_disk_is_waited_for_by_runs_and_told_to_callers(
         assert "waiting for the gateway's database: database or disk is full" in lines[0]
         with pytest.raises(sa.exc.OperationalError, match="no such table"):
             await call(engine, lambda connection: connection.execute(sa.text("SELECT * FROM none")), waiting)
+
+    asyncio.run(main())
+
+
+def test_a_run_that_plans_a_stage_waits_for_a_full_disk_at_every_statement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("web4lora_gateway.database._RETRY_SECONDS", 0.01)
+
+    async def main() -> None:
+        settings = GatewaySettings(home=tmp_path)
+        store, workers = open_store(settings), Workers(settings)
+        (tmp_path / "file").write_text("a base")
+        base, data = (
+            store.put(kind, kind, {"file": tmp_path / "file"}) for kind in ("base_model", "dataset")
+        )
+        pipeline = gateway_pb2.Pipeline(name="demo", base={"model": "smollm2-135m-instruct"})
+        pipeline.dataset.artifact.CopyFrom(ref_message(data))
+        run = RunRecord("run_1", "r", "", "00", check_pipeline(pipeline))
+        engine = open_database(f"sqlite:///{tmp_path}/gateway.sqlite")
+        results, stage, inputs = StageResults(engine), Prepare(), Inputs.of(run)
+        key = stage.key(inputs, stage.spec(inputs), {})
+        await results.save(
+            "prepare", StageResult(key, "run_0", {"base": to_json(ref_message(base))}, {}, 1.0)
+        )
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE filler (text)")
+        tried: list[str] = []
+        lines: list[str] = []
+
+        def full_at_first(cursor: Any, statement: str, _parameters: object, _context: object) -> None:
+            if statement in tried:
+                return
+            tried.append(statement)
+            cursor.execute("PRAGMA max_page_count=1")
+            try:
+                cursor.execute("INSERT INTO filler VALUES (?)", ("x" * 100_000,))
+            finally:
+                cursor.execute("PRAGMA max_page_count=1000000")
+
+        async def waiting(line: str) -> None:
+            lines.append(line)
+
+        async def at_once(_who: str, call: Call) -> Any:
+            return await call()
+
+        sa.event.listen(engine, "do_execute", full_at_first)
+        plan = await Planner(results, store, workers, waiting).plan(run, stage, at_once)
+        assert isinstance(plan, Reuse)
+        tables = ("web4lora_doomed", "web4lora_stage_results", "web4lora_holds")
+        assert [next(table for table in tables if table in statement) for statement in tried] == list(tables)
+        assert len(lines) == len(tried)
+        assert all("database or disk is full" in line for line in lines)
 
     asyncio.run(main())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import grpc
@@ -12,26 +10,15 @@ from web4.lora.v1 import gateway_pb2
 from web4lora_chassis.errors import InvalidInput, NotFound
 from web4lora_chassis.rpc import error_of
 
-from tests.servers.fixtures import free_port
+WORKERS = ("trainer", "packager", "deployer")
 
 
 @pytest.fixture
 def two(stack):
     """A stack with a second trainer, gpu-1, which has a state folder of its own and shares the store."""
-    address = f"127.0.0.1:{free_port()}"
-    stack.env |= {"WEB4LORA_TRAINERS": f"gpu-1={address}", "WEB4LORA_TRAINER_GRACE_SECONDS": "1"}
-    stack.start()
-    (stack.root / "gpu-1").mkdir()
-    env = {
-        **stack.env,
-        "WEB4LORA_HOME": str(stack.root / "gpu-1"),
-        "WEB4LORA_STORE": (stack.root / "home" / "store").as_uri(),
-        "WEB4LORA_TRAINER_ADDRESS": address,
-    }
-    service = str(Path(__file__).parent / "stand_in" / "stand_in_service.py")
-    with (stack.root / "gpu-1.log").open("ab") as log:
-        command = [sys.executable, service, "trainer", str(stack.control)]
-        stack.processes["gpu-1"] = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=stack.root)
+    stack.add_trainer("gpu-1")
+    stack.env["WEB4LORA_TRAINER_GRACE_SECONDS"] = "1"
+    stack.start(*WORKERS, "gpu-1", "gateway")
     stack.wait(
         lambda: all(each.HasField("seen_time") for each in trainers(stack)), "both trainers to be seen"
     )

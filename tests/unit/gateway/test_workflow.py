@@ -12,6 +12,9 @@ from web4lora_gateway.workflow import RunWorkflow
 
 
 class Book:
+    def put_down(self, run_id: str) -> None:
+        pass
+
     async def get(self, run_id: str, _waiting: object = None) -> RunRecord:
         pipeline = gateway_pb2.Pipeline(name="demo", base={"model": "smollm2-135m-instruct"})
         artifact = pipeline.dataset.artifact
@@ -34,3 +37,31 @@ def test_a_plan_of_another_version_that_this_one_can_not_follow_is_told_in_one_l
     assert isinstance(outcome, Failed)
     assert f"planned {name}" in outcome.error.message
     assert outcome.error.fix == f"Retry the run: `web4lora runs retry run_2026-11-26_1 --from {name}`."
+
+
+def test_a_run_that_is_taken_up_twice_in_one_process_is_carried_on_by_one_after_the_other():
+    at_work: list[str] = []
+    ended: list[str] = []
+
+    class Followed(RunWorkflow):
+        async def _through_all_stages(self, run_id: str) -> None:
+            assert run_id not in at_work
+            at_work.append(run_id)
+            await asyncio.sleep(0)
+            at_work.remove(run_id)
+            ended.append(run_id)
+            if len(ended) == 1:
+                raise asyncio.CancelledError  # the engine says so of one that another is to go on with
+
+    async def main() -> None:
+        nobody: Any = None
+        workflow = Followed(Book(), nobody, nobody, nobody, nobody, nobody)  # type: ignore[arg-type]
+        both = [asyncio.create_task(workflow._run("run_1")) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert workflow.at_work("run_1")
+        await asyncio.gather(*both, return_exceptions=True)
+        assert ended == ["run_1", "run_1"]
+        assert not workflow.at_work("run_1")
+        assert not workflow._turns
+
+    asyncio.run(main())

@@ -6,11 +6,13 @@ import asyncio
 import json
 import logging
 import sqlite3
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psycopg
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from web4lora_chassis.errors import InvalidInput, ResourceExhausted, Unavailable
@@ -24,6 +26,9 @@ Waiting = Callable[[str], Awaitable[None]]
 """Given a line on why the database is waited for, each time it is tried in vain."""
 
 _RETRY_SECONDS = 1.0
+_CONNECT_SECONDS = 10
+_NOT_READY = "the database system is "
+"""What PostgreSQL says while it starts, recovers or shuts down."""
 _SCHEMA_LOCK = 0x77656234
 """Number of PostgreSQL's advisory lock under which tables are made: two gateways may start at once."""
 _FILE_ERRORS = frozenset(
@@ -147,36 +152,51 @@ GATEWAYS = sa.Table(
 def open_database(url: str) -> sa.Engine:
     """Open the database, make the gateway's tables where they are missing, and bring older ones up to date.
 
+    A server that hangs or is not ready yet is waited for as long as it takes, and the log says so.
+
     Args:
         url: sqlite:///path or postgresql://…
 
     Raises:
         InvalidInput: The address is of no known form.
-        Unavailable: The database is out of reach.
+        Unavailable: The database is out of reach: nothing listens there, or it refuses us.
     """
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError as error:
         raise _bad_url() from error
     kind = parsed.get_backend_name()
+    limits: dict[str, int] = {}
     if kind == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
+        if "connect_timeout" not in parsed.query:
+            limits["connect_timeout"] = _CONNECT_SECONDS
     elif kind != "sqlite":
         raise _bad_url()
     if kind == "sqlite" and parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(parsed, pool_pre_ping=True)
+    engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=limits)
     if kind == "sqlite":
         sa.event.listen(engine, "connect", _patient)
-    try:
-        with engine.begin() as connection:
-            _make_tables(connection)
-    except sa.exc.OperationalError as error:
-        raise Unavailable(
-            f"The database {parsed.render_as_string(hide_password=True)} is out of reach: {error.orig}",
-            fix="Start it, or correct WEB4LORA_DATABASE.",
-        ) from error
-    return engine
+    while True:
+        try:
+            with engine.begin() as connection:
+                _make_tables(connection)
+            return engine
+        except sa.exc.OperationalError as error:
+            if not _hangs(error):
+                place = parsed.render_as_string(hide_password=True)
+                raise Unavailable(
+                    f"The database {place} is out of reach: {error.orig}",
+                    fix="Start it, or correct WEB4LORA_DATABASE.",
+                ) from error
+            log.warning("the database is waited for: %s", error.orig)
+        time.sleep(_RETRY_SECONDS)
+
+
+def _hangs(error: sa.exc.OperationalError) -> bool:
+    """Tell whether a server is there that does not answer, or says that it is not ready."""
+    return isinstance(error.orig, psycopg.errors.ConnectionTimeout) or _NOT_READY in str(error.orig)
 
 
 def shared(engine: sa.Engine) -> bool:

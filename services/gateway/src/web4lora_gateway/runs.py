@@ -350,25 +350,24 @@ class RunBook:
                 self._publish(run)
 
     async def _write_progress(self) -> None:
+        statement = (
+            sa.update(RUNS)
+            .where(
+                RUNS.c.id == sa.bindparam("run"),
+                RUNS.c.gateway == self._gateway,
+                RUNS.c.revision < sa.bindparam("later"),
+                ~RUNS.c.ended,
+            )
+            .values(revision=sa.bindparam("later"), progress=sa.bindparam("told"))
+        )
         unwritten, self._unwritten = self._unwritten, set()
-        rows = [(run_id, *self._progress[run_id]) for run_id in unwritten if run_id in self._progress]
-
-        def write(connection: sa.Connection) -> None:
-            for run_id, stage, progress, revision in rows:
-                connection.execute(
-                    sa.update(RUNS)
-                    .where(
-                        RUNS.c.id == run_id, RUNS.c.gateway == self._gateway, RUNS.c.revision < revision,
-                        ~RUNS.c.ended,
-                    )
-                    .values(
-                        revision=revision,
-                        progress={"stage": stage, "progress": asdict(progress), "revision": revision},
-                    )
-                )  # fmt: skip
-
-        if rows:
-            await call(self._engine, write)
+        rows = []
+        for run_id in sorted(unwritten & self._progress.keys()):
+            stage, progress, revision = self._progress[run_id]
+            told = {"stage": stage, "progress": asdict(progress), "revision": revision}
+            rows.append({"run": run_id, "later": revision, "told": told})
+        if rows:  # all at once: where hundreds wait, each job that ends is news to all of them
+            await call(self._engine, lambda connection: connection.execute(statement, rows))
 
     def _publish(self, run: AnyRun) -> None:
         """Show a run to its watchers, and to who carries it on whether it is to be cancelled."""

@@ -89,6 +89,7 @@ class RunWorkflow:
     scheduler: Scheduler
     settings: GatewaySettings
     _at_work: Counter[str] = field(default_factory=Counter)
+    _turns: dict[str, asyncio.Lock] = field(default_factory=dict)
     _began: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def register(self) -> Callable[[str], Coroutine[Any, Any, None]]:
@@ -116,7 +117,10 @@ class RunWorkflow:
     async def _run(self, run_id: str) -> None:
         self._at_work[run_id] += 1
         try:
-            await self._through_all_stages(run_id)
+            # The engine may have a run twice at work in one process: once because it was at work before a
+            # restart, and once from the queue that another gateway put it into, which thought this one dead.
+            async with self._turns.setdefault(run_id, asyncio.Lock()):
+                await self._through_all_stages(run_id)
         except Exception as error:
             log.exception("run %s: defect", run_id)
             await self._end(run_id, _failure(error))
@@ -125,6 +129,7 @@ class RunWorkflow:
             self._at_work[run_id] -= 1
             if not self._at_work[run_id]:
                 del self._at_work[run_id]
+                self._turns.pop(run_id, None)
                 for name in STAGE_NAMES:
                     self._began.pop((run_id, name), None)
                 self.book.put_down(run_id)

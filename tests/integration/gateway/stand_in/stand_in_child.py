@@ -18,6 +18,7 @@ from web4lora_chassis.jobs import JobContext, Progress, worker_main
 from web4lora_chassis.settings import Settings, load
 
 CONTROL = Path(os.environ["STAND_IN_CONTROL"])
+STEP_SECONDS = float(os.environ.get("STAND_IN_STEP_SECONDS", "0.05"))
 
 
 def steer(context: JobContext, kind: str) -> None:
@@ -28,7 +29,7 @@ def steer(context: JobContext, kind: str) -> None:
     while step < 3 or ((CONTROL / f"hold-{kind}").exists() and not context.end_early()):
         step += 1
         context.report(Progress(kind, step, 100, "steps", message=f"step {step}", figures={"loss": 1 / step}))
-        time.sleep(0.05)
+        time.sleep(STEP_SECONDS)
 
 
 def store_files(
@@ -114,7 +115,10 @@ def deploy(context: JobContext) -> dict:
         "state": "DEPLOYMENT_STATE_SERVING",
         "context_tokens": spec["deploy"].get("context_tokens", 4096),
     }
-    (CONTROL / f"deployment-{spec['gguf']['digest'][:8]}.json").write_text(json.dumps(deployment))
+    place = CONTROL / f"deployment-{spec['gguf']['digest'][:8]}.json"
+    part = place.with_suffix(".part")
+    part.write_text(json.dumps(deployment))
+    part.replace(place)
     return {"deployment": deployment, "ready_seconds": 0.1}
 
 
@@ -133,6 +137,7 @@ def verify(context: JobContext) -> dict:
     return result
 
 
+HANDLERS = {"prepare": prepare, "train": train, "package": package, "deploy": deploy, "verify": verify}
+
 if __name__ == "__main__":
-    handlers = {"prepare": prepare, "train": train, "package": package, "deploy": deploy, "verify": verify}
-    sys.exit(worker_main(handlers))
+    sys.exit(worker_main(HANDLERS))

@@ -1,13 +1,17 @@
 """A worker service for the gateway's tests: the real contract and the real job runner over trivial work.
 
 python stand_in_service.py trainer|packager|deployer CONTROL_FOLDER
+
+With STAND_IN_QUICK in the environment it starts no process for a job, which then takes some milliseconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 from google.protobuf.json_format import ParseDict
@@ -22,7 +26,8 @@ from web4.lora.v1 import (
     trainer_pb2_grpc,
 )
 from web4lora_chassis.errors import FailedPrecondition, NotFound
-from web4lora_chassis.jobs import JobRunner
+from web4lora_chassis.jobs import JobContext, JobRunner
+from web4lora_chassis.jobs.record import JobState
 from web4lora_chassis.rpc import Registration, Worker, worker_process
 from web4lora_chassis.settings import Settings
 
@@ -129,10 +134,36 @@ def found(id_or_name: str) -> deployments_pb2.Deployment:
     return known[id_or_name]
 
 
+class QuickRunner(JobRunner):
+    """Does its jobs in a thread."""
+
+    async def _run_child(self, job_id: str) -> None:
+        record, work_dir = self._jobs[job_id], self._root / job_id / "work"
+        work_dir.mkdir(exist_ok=True)
+        self._update(job_id, state=JobState.RUNNING, attempt=record.attempt + 1, started_at=time.time())
+        from stand_in_child import HANDLERS  # reads the environment
+
+        context = JobContext(
+            job_id,
+            record.spec,
+            record.attempt + 1,
+            0,
+            work_dir,
+            report=lambda _: None,
+            end_early=lambda: False,
+        )
+        result = await asyncio.to_thread(HANDLERS[record.kind], context)
+        await self._end(job_id, state=JobState.SUCCEEDED, result=result)
+
+
 def stand_in(settings: Settings) -> Worker:
     title = NAME.capitalize()
     add = getattr(MODULES[NAME][1], f"add_{title}ServiceServicer_to_server")
-    runner = JobRunner(
+    kind = JobRunner
+    if "STAND_IN_QUICK" in os.environ:
+        os.environ |= {"STAND_IN_CONTROL": str(CONTROL), "STAND_IN_STEP_SECONDS": "0"}
+        kind = QuickRunner
+    runner = kind(
         settings.home / NAME / "jobs",
         "stand_in_child",
         lanes={"prepare": "prepare"},
