@@ -23,7 +23,7 @@ from web4lora_chassis.model_files.trained_conversations import TRAINED_CONVERSAT
 from web4lora_llamacpp import LlamaCpp
 
 from web4lora_packager.adapter import Adapter
-from web4lora_packager.adapter_gguf import ADAPTER_NAME, check_adapter, require_convertible
+from web4lora_packager.adapter_gguf import ADAPTER_NAME, check_adapter, require_convertible, write_plain
 from web4lora_packager.base_gguf import BaseGgufs
 from web4lora_packager.chat_template import Tokenizer, read_tokenizer
 from web4lora_packager.check import Loaded, check_header, check_loads, check_stops, contents, read_made
@@ -383,9 +383,10 @@ class Packaging:
         target = self._work / ADAPTER_NAME
 
         def make() -> dict[str, object]:
-            convert_adapter(
-                self._llama, self._adapter, self._base, target, log=self._log, report=self._report
-            )
+            config, plain = Adapter(self._adapter).config, self._adapter
+            if config.rank_stabilized or config.alpha_pattern:
+                plain = write_plain(self._adapter, self._work / "plain-adapter")
+            convert_adapter(self._llama, plain, self._base, target, log=self._log, report=self._report)
             return {}
 
         self._steps.do("convert-adapter", target, make)
