@@ -436,14 +436,18 @@ def test_adapter_and_base_are_made_for_llama_server_to_switch(stack: Stack, tmp_
 def test_an_adapter_that_has_no_exact_gguf_fails_before_it_is_merged(
     stack: Stack, tmp_path: Path, base: Path
 ) -> None:
-    other = tiny_llama.write_adapter(tmp_path / "other", base, use_rslora=True)
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    other = tiny_llama.write_adapter(
+        tmp_path / "other", base,
+        modules_to_save=["embed_tokens"], extra={"base_model.model.model.embed_tokens.weight": embedding + 1},
+    )  # fmt: skip
     spec = stack.spec("Q8_0")
     ref = stack.store.put("adapter", "other", _files(other), inputs=[stack.base], link=False)
     spec.adapter.CopyFrom(ref_message(ref))
     spec.package.adapter_gguf = True
     job = stack.watch(stack.create("other", spec).id, _ended)
     assert job.error.reason == "ADAPTER_NOT_CONVERTIBLE"
-    assert "use_rslora" in job.error.message
+    assert "modules_to_save" in job.error.message
     assert not stack.store.find("gguf")
 
 
