@@ -69,6 +69,12 @@ format: $(VENV)/.develop ## bring the code into form, and docs/api.md to what th
 	@cd proto && ../$(BIN)/buf format -w
 	@$(BIN)/python proto/make_docs.py
 
+GATES := tests/unit/llamacpp tests/unit/packager tests/integration/test_packager.py tests/integration/test_planted_faults.py
+.PHONY: llama-cpp-update
+llama-cpp-update: setup $(VENV)/.develop ## move the pin of llama.cpp to VERSION, show what changed, run the gates
+	@$(BIN)/python libs/llamacpp/update_pin.py $(VERSION)
+	@$(MAKE) test TESTS="$(GATES)"
+
 .PHONY: contract
 contract: $(VENV)/.develop ## at a release: record its contract, which `make lint` holds every later one against
 	@cd proto && ../$(BIN)/buf build --exclude-source-info --as-file-descriptor-set -o released.binpb

@@ -30,7 +30,7 @@ from web4lora_packager.settings import PackagerSettings
 
 from tests import tiny_llama
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 Job = jobs_pb2.Job
 
 
@@ -231,6 +231,13 @@ def test_what_training_kept_lies_beside_each_gguf_and_ends_its_answers(
     job = stack.watch(stack.create("kept", spec).id, _ended)
     assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
     result = job.result.package
+    gates = {(gate.stage, gate.name): gate for gate in result.merge.gates}
+    assert [stage for stage, _ in gates] == ["merge", *["convert"] * 3, *["quantize Q8_0"] * 3]
+    assert all(gate.passed for gate in gates.values())
+    asked = gates["convert", "same next tokens"]
+    assert (asked.answers, len(asked.changed), asked.limit) == (1, 0, "divergence at most 0.1 at any token")
+    assert gates["quantize Q8_0", "same next tokens"].answers == 1
+    assert result.merge.changed_at
     for gguf in (result.reference, *result.quantized):
         folder = tmp_path / gguf.type
         stack.store.get(ref_of(gguf.artifact), folder)
@@ -429,14 +436,18 @@ def test_adapter_and_base_are_made_for_llama_server_to_switch(stack: Stack, tmp_
 def test_an_adapter_that_has_no_exact_gguf_fails_before_it_is_merged(
     stack: Stack, tmp_path: Path, base: Path
 ) -> None:
-    other = tiny_llama.write_adapter(tmp_path / "other", base, use_rslora=True)
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    other = tiny_llama.write_adapter(
+        tmp_path / "other", base,
+        modules_to_save=["embed_tokens"], extra={"base_model.model.model.embed_tokens.weight": embedding + 1},
+    )  # fmt: skip
     spec = stack.spec("Q8_0")
     ref = stack.store.put("adapter", "other", _files(other), inputs=[stack.base], link=False)
     spec.adapter.CopyFrom(ref_message(ref))
     spec.package.adapter_gguf = True
     job = stack.watch(stack.create("other", spec).id, _ended)
     assert job.error.reason == "ADAPTER_NOT_CONVERTIBLE"
-    assert "use_rslora" in job.error.message
+    assert "modules_to_save" in job.error.message
     assert not stack.store.find("gguf")
 
 

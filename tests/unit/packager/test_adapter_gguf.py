@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFWriter
 from web4lora_chassis.errors import DataLoss, FailedPrecondition
 from web4lora_packager.adapter import Adapter
-from web4lora_packager.adapter_gguf import check_adapter, require_convertible
+from web4lora_packager.adapter_gguf import check_adapter, require_convertible, write_plain
 from web4lora_packager.layout import Layout
 
 from tests import tiny_llama
@@ -29,6 +29,24 @@ def test_a_plain_adapter_can_be_converted(tmp_path: Path, base: Path) -> None:
     require_convertible(Adapter(tiny_llama.write_adapter(tmp_path / "a", base, **changes)), LAYOUT)
 
 
+@pytest.mark.parametrize("changes", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 3, "v_proj": 40}}])
+def test_another_scale_is_taken_up_by_b(tmp_path: Path, base: Path, changes: dict[str, Any]) -> None:
+    folder = tiny_llama.write_adapter(tmp_path / "a", base, rank_pattern={"v_proj": 8}, **changes)
+    adapter, plain = Adapter(folder), Adapter(write_plain(folder, tmp_path / "plain"))
+    require_convertible(adapter, LAYOUT)
+    assert (plain.config.rank_stabilized, plain.config.alpha_pattern) == (False, {})
+    scales = set()
+    for weight, change in adapter.plan().items():
+        as_gguf = plain.config.alpha / change.rank  # what llama.cpp scales by
+        wanted = change.scale * (adapter.read(change.up) @ adapter.read(change.down))
+        same = plain.plan()[weight]
+        np.testing.assert_allclose(
+            as_gguf * (plain.read(same.up) @ plain.read(same.down)), wanted, rtol=1e-4, atol=1e-6
+        )
+        scales.add(change.scale / as_gguf)
+    assert scales != {1.0}
+
+
 def test_weights_stored_the_other_way_round_are_refused(tmp_path: Path, base: Path) -> None:
     adapter = Adapter(tiny_llama.write_adapter(tmp_path / "a", base))
     transposed = frozenset({"model.layers.1.self_attn.o_proj.weight"})
@@ -39,8 +57,6 @@ def test_weights_stored_the_other_way_round_are_refused(tmp_path: Path, base: Pa
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_rslora": True},
-        {"alpha_pattern": {"q_proj": 3}},
         {"modules_to_save": ["lm_head"]},
     ],
 )

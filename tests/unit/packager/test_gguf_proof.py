@@ -17,7 +17,7 @@ from web4lora_packager.convert import convert, prove
 from web4lora_packager.layout import read_layout
 from web4lora_packager.merge import Merge
 
-from tests import tiny_llama
+from tests import tiny_llama, trained_base
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -138,8 +138,23 @@ _SIZES = {
 FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "qwen2": (_SIZES, ["q_proj", "k_proj", "o_proj", "down_proj"]),
     "mistral": ({**_SIZES, "tie_word_embeddings": False}, ["q_proj", "k_proj", "v_proj"]),
+    "gemma": ({**_SIZES, "head_dim": 64}, ["q_proj", "o_proj", "down_proj"]),
+    "phi3": ({**_SIZES, "pad_token_id": 2}, ["qkv_proj", "gate_up_proj"]),
+    "gpt2": (
+        {
+            "n_embd": 256,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "n_ctx": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        ["c_attn", "c_proj", "c_fc"],
+    ),
 }
-"""Biases that no adapter touches, and a head of its own; sizes, and what is trained."""
+"""Sizes, and what is trained. Qwen2 has biases, which no adapter touches; Mistral has a head of its own here;
+Gemma's norms are stored less one; Phi-3's projections are fused; GPT-2's weights are stored as (in, out)."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,7 +165,13 @@ def test_it_holds_for_other_families_and_tells_a_changed_value(
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     sizes, targets = FAMILIES[family]
-    base, adapter = tiny_llama.write_base(tmp_path / "base"), tmp_path / "adapter"
+    # llama.cpp knows no pre-tokenizer of the tiny one's, which GPT-2's kind needs.
+    write = trained_base.write_base if family == "gpt2" else tiny_llama.write_base
+    base, adapter = write(tmp_path / "base"), tmp_path / "adapter"
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", **tokenizer})  # Phi-3's converter looks for it
+    )
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
     torch.manual_seed(1)
     config = transformers.AutoConfig.for_model(family, **sizes, vocab_size=vocabulary)

@@ -153,7 +153,16 @@ def _packaged(result: packager_pb2.PackageResult) -> list[str]:
         parts.append(f"base {result.adapter_base.type} {human.size(result.adapter_base.size_bytes)} {OK}")
     parts.append(f"loads {OK if all(file.loads for file in files) else BAD}")
     contents = [f"{file.type}: {file.contents}" for file in result.quantized if file.contents]
-    return ["  ".join([*parts, f"checksums {OK}"]), *contents]
+    return ["  ".join([*parts, f"checksums {OK}"]), *contents, *_changed(result.merge)]
+
+
+def _changed(merge: packager_pb2.MergeReport) -> list[str]:
+    """Return which stage changed answers: a line, and a row for each stage that was compared."""
+    compared = [gate for gate in merge.gates if gate.answers]
+    if not compared:
+        return []
+    width = max(len(gate.stage) for gate in compared)
+    return [merge.changed_at, *(f"  {gate.stage:<{width}}  {gate.measured}" for gate in compared)]
 
 
 def _deployed(result: deployer_pb2.DeployResult) -> str:

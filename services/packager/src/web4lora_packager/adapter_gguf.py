@@ -1,19 +1,24 @@
 """The adapter as a GGUF of its own, which llama-server applies to a base and switches without a restart.
 
-Such a file has one alpha for all its tensors and scales each by alpha / rank; what PEFT does beyond that
-would be applied otherwise than it was trained, without a word, so it is refused.
+Such a file has one alpha for all its tensors and scales each by alpha / rank. Where PEFT scales otherwise, B
+takes the difference up. What can't be said so would be applied otherwise than it was trained, without a word,
+so it is refused.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from math import prod
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 from web4lora_chassis.errors import DataLoss, FailedPrecondition
 from web4lora_chassis.model_files.gguf import GgufHeader
+from web4lora_chassis.model_files.model_folder import read_json
 
-from web4lora_packager.adapter import Adapter
+from web4lora_packager.adapter import ADAPTER_FILES, Adapter, LowRank
 from web4lora_packager.check import read_made
 from web4lora_packager.layout import Layout
 
@@ -32,9 +37,7 @@ def require_convertible(adapter: Adapter, layout: Layout) -> None:
     """
     config = adapter.config
     beyond = {
-        "use_rslora": config.rank_stabilized,
         "use_dora": config.dora,
-        "alpha_pattern": bool(config.alpha_pattern),
         "modules_to_save": bool(config.modules_to_save),
         "weights stored as (in, out)": not layout.transposed.isdisjoint(adapter.plan()),
     }
@@ -46,6 +49,29 @@ def require_convertible(adapter: Adapter, layout: Layout) -> None:
             fix="Set package.adapter_gguf: false; the merged model is exact.",
             reason="ADAPTER_NOT_CONVERTIBLE",
         )
+
+
+def write_plain(folder: Path, target: Path) -> Path:
+    """Write an adapter that does the same by one alpha over its rank alone, and return its folder.
+
+    Args:
+        folder: The adapter: rank-stabilized, or with other alphas for some modules.
+        target: The folder to write; what is there is removed first.
+    """
+    adapter = Adapter(folder)
+    factors = {
+        change.up: np.float32(change.scale * change.rank / adapter.config.alpha)
+        for change in adapter.plan().values()
+        if isinstance(change, LowRank)
+    }
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    tensors = {name: adapter.read(name) * factors.get(name, np.float32(1)) for name in adapter.shapes}
+    save_file(tensors, target / ADAPTER_FILES[1])
+    config = read_json(folder / ADAPTER_FILES[0])
+    plain = {**config, "use_rslora": False, "alpha_pattern": {}}
+    (target / ADAPTER_FILES[0]).write_text(json.dumps(plain), encoding="utf-8")
+    return target
 
 
 def check_adapter(path: Path, adapter: Adapter) -> GgufHeader:

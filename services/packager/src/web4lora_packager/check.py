@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from web4lora_chassis.model_files.gguf import K_BLOCK_WEIGHTS, GgufHeader, read_
 from web4lora_llamacpp import LlamaCpp, LlamaServer
 
 from web4lora_packager.chat_template import Tokenizer
+from web4lora_packager.next_tokens import Answer, Said, ask_server
 
 _PROMPT = "Say hello in one sentence."
 _ANSWER_TOKENS = 24
@@ -32,11 +33,13 @@ class Loaded:
         load_seconds: From starting the server to its being ready.
         sample: What it answered, on one line, shortened.
         end_ids: Tokens that llama.cpp takes as an end of generation, by their ids.
+        said: What it says of the answers that it was asked about; None without any.
     """
 
     load_seconds: float
     sample: str
     end_ids: frozenset[int] = frozenset()
+    said: Said | None = None
 
 
 def read_made(path: Path) -> GgufHeader:
@@ -104,7 +107,13 @@ def check_header(header: GgufHeader, tokenizer: Tokenizer, reference: GgufHeader
 
 
 def check_loads(
-    llama: LlamaCpp, gguf: Path, *, log: Path, timeout_seconds: float, adapter: Path | None = None
+    llama: LlamaCpp,
+    gguf: Path,
+    *,
+    log: Path,
+    timeout_seconds: float,
+    adapter: Path | None = None,
+    answers: Sequence[Answer] = (),
 ) -> Loaded:
     """Let llama-server load a GGUF and answer one prompt.
 
@@ -114,6 +123,7 @@ def check_loads(
         log: The server's output is appended here.
         timeout_seconds: How long loading may take.
         adapter: The GGUF of an adapter to load beside it and to apply in full.
+        answers: Trained answers to ask about: how likely is each of their tokens?
 
     Raises:
         FailedPrecondition: The server can't load it.
@@ -123,17 +133,19 @@ def check_loads(
     """
     started, log_start = time.monotonic(), log.stat().st_size if log.is_file() else 0
     adapters = [(adapter, 1.0)] if adapter else []
+    context_tokens = max(_CONTEXT_TOKENS, *(len(answer.tokens) + 1 for answer in answers), 0)
     with LlamaServer(
         llama, gguf,
-        context_tokens=_CONTEXT_TOKENS, parallel=1, log_file=log, adapters=adapters, options=_TELL_ENDS,
+        context_tokens=context_tokens, parallel=1, log_file=log, adapters=adapters, options=_TELL_ENDS,
     ) as server:  # fmt: skip
         server.wait_ready(timeout_seconds)
         load_seconds = time.monotonic() - started
         sample = _ask(server.endpoint, gguf.name)
+        said = ask_server(server.endpoint, answers, gguf.name) if answers else None
     with log.open("rb") as file:
         file.seek(log_start)
         ends = frozenset(int(found) for found in _END.findall(file.read()))
-    return Loaded(load_seconds, sample, ends)
+    return Loaded(load_seconds, sample, ends, said)
 
 
 def check_stops(loaded: Loaded, stops: Iterable[int], name: str) -> None:

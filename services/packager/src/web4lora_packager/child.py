@@ -20,7 +20,7 @@ def ask(work: str, home: Path, *folders: Path) -> dict[str, Any]:
     """Run a work in a child and return what came of it.
 
     Args:
-        work: describe (of base and adapter) or prove (of base, adapter and merged model).
+        work: describe or expect (of base and adapter), or prove (of base, adapter and merged model).
         home: The child's home folder.
         folders: What it is about.
 
@@ -67,6 +67,10 @@ def main(work: str, *folders: str) -> dict[str, Any]:
             layout = dict(describe(base))
             require_fit(*paths)
             return layout
+        if work == "expect":
+            from web4lora_packager.expected import expect
+
+            return expect(*paths)
         from web4lora_packager.proof import prove
 
         return dict(prove(*paths))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from web4lora_chassis.artifacts import ArtifactRef, hash_file
-from web4lora_chassis.errors import FailedPrecondition, ResourceExhausted
+from web4lora_chassis.errors import DataLoss, FailedPrecondition, ResourceExhausted
 from web4lora_chassis.jobs import Progress
 from web4lora_chassis.jobs.record import write_json
 from web4lora_chassis.model_files.gguf import GgufHeader
@@ -23,7 +23,7 @@ from web4lora_chassis.model_files.trained_conversations import TRAINED_CONVERSAT
 from web4lora_llamacpp import LlamaCpp
 
 from web4lora_packager.adapter import Adapter
-from web4lora_packager.adapter_gguf import ADAPTER_NAME, check_adapter, require_convertible
+from web4lora_packager.adapter_gguf import ADAPTER_NAME, check_adapter, require_convertible, write_plain
 from web4lora_packager.base_gguf import BaseGgufs
 from web4lora_packager.chat_template import Tokenizer, read_tokenizer
 from web4lora_packager.check import Loaded, check_header, check_loads, check_stops, contents, read_made
@@ -33,6 +33,7 @@ from web4lora_packager.layout import Layout, read_layout
 from web4lora_packager.merge import Merge, Merged
 from web4lora_packager.merge import merge as merge_checkpoint
 from web4lora_packager.modelfile import ModelParameters, default_system, modelfile, stop_texts
+from web4lora_packager.next_tokens import LIMIT, Gate, Said, compare, kept_answers, summary
 from web4lora_packager.quantize import calibration_text, quantize
 from web4lora_packager.reuse import Reuse
 from web4lora_packager.specs import PackageSpec
@@ -91,6 +92,7 @@ class Package:
         merged: Folder of the merged checkpoint; None unless it was asked for.
         merge: What the merge did.
         max_abs_error: Largest difference between a merged weight in the 16-bit GGUF and what PEFT makes it.
+        gates: What each stage was held against, in their order.
         tensors: The artifact that says what the 16-bit GGUF's tensors are, by digest.
         matrix: The importance matrix's artifact, if one was used.
         reference: The 16-bit GGUF.
@@ -103,6 +105,7 @@ class Package:
     merged: Path | None
     merge: Merged
     max_abs_error: float
+    gates: tuple[Gate, ...]
     tensors: ArtifactRef
     matrix: ArtifactRef | None
     reference: GgufReport
@@ -162,7 +165,9 @@ class Packaging:
         self._steps = Steps(work)
         self._tokenizer: Tokenizer = read_tokenizer(base)
         self._kept = read_kept(adapter)
+        self._answers = kept_answers(self._kept)
         self._stops: tuple[int, ...] = ()
+        self._gates: list[Gate] = []
 
     def run(self) -> Package:
         """Do the whole job.
@@ -171,7 +176,7 @@ class Packaging:
             ResourceExhausted: The disk is too full, or memory ran out.
             InvalidInput: A file of base, adapter or dataset is missing or broken, or the spec does not fit.
             FailedPrecondition: The adapter is not one that is merged here, or can't be a GGUF of its own.
-            DataLoss: A check found a wrong file.
+            DataLoss: A check found a wrong file, or one that answers otherwise than what was trained.
             Internal: A tool failed.
             Unavailable: The store is out of reach.
         """
@@ -190,6 +195,9 @@ class Packaging:
                 reason="HEAD_NOT_CONVERTIBLE",
             )
         max_abs_error = self._prove(merge, reference_step)
+        self._passed("merge", "base plus adapter", f"off by {max_abs_error:.2g}", f"rounding to {gguf_type}")
+        reference = self._check(REFERENCE_NAME, gguf_type, None)
+        self._compare("convert", self._expected(), reference, limit=LIMIT)
         merged = self._checkpoint(layout) if "safetensors" in self._spec.formats else None
         context_tokens = self._spec.context_for(header.context_tokens)
         matrix = self._matrix(gguf_type)
@@ -197,8 +205,9 @@ class Packaging:
         quantized_steps = [
             self._quantize(name, gguf_type, header, digests, matrix) for name in self._spec.quantizations
         ]
-        reference = self._check(REFERENCE_NAME, gguf_type, None)
         quantized = [self._check(_file_name(name), name, header) for name in self._spec.quantizations]
+        for gguf in quantized:
+            self._compare(f"quantize {gguf.type}", reference.loaded.said, gguf)
         switchable = self._make_switchable(gguf_type) if self._spec.adapter_gguf else None
         sums = {
             path: digest for step in (reference_step, *quantized_steps) for path, digest in step.files.items()
@@ -211,6 +220,7 @@ class Packaging:
             merged=merged,
             merge=Merged(**reference_step.data["merged"]),
             max_abs_error=max_abs_error,
+            gates=tuple(self._gates),
             tensors=self._reuse.note(digests, [self._spec.base, self._spec.adapter]),
             matrix=matrix[0] if matrix else None,
             reference=reference,
@@ -316,6 +326,45 @@ class Packaging:
         step = self._steps.do(f"prove-{reference.files[REFERENCE_NAME][:16]}", target, make)
         return float(step.data["max_abs_error"])
 
+    def _expected(self) -> Said | None:
+        """Ask Transformers and PEFT how likely they make the answers that training kept."""
+        if not self._answers:
+            return None
+        target = self._work / "expected.json"
+
+        def make() -> dict[str, object]:
+            self._report(Progress("compare answers", message="asking Transformers and PEFT"))
+            write_json(target, ask("expect", self._work, self._base, self._adapter))
+            return {}
+
+        self._steps.do("expect", target, make)
+        told = json.loads(target.read_text(encoding="utf-8"))
+        if "left_out" in told:
+            why = f"not compared, Transformers can't be asked: {told['left_out']}"
+            self._passed("convert", "same next tokens", why, "none")
+            return None
+        return Said(tuple(tuple(dict(place) for place in answer) for answer in told["likely"]), {})
+
+    def _compare(self, stage: str, before: Said | None, gguf: GgufReport, limit: float | None = None) -> None:
+        """Hold a file's next tokens against those before the stage that made it."""
+        if before is None or gguf.loaded.said is None:
+            return
+        gate = compare(stage, self._answers, before, gguf.loaded.said, limit=limit)
+        if not gate.passed:
+            raise DataLoss(
+                f"{gguf.path.name} answers otherwise than base and adapter in Transformers: {gate.measured}; "
+                f"allowed is a {gate.limit}.",
+                fix="Package again; if it happens again, llama.cpp computes this model otherwise.",
+                reason="STAGE_CHANGED_MODEL",
+                metadata={"stage": stage},
+            )
+        self._gates.append(gate)
+        self._report(Progress("compare answers", message=summary([gate])))
+
+    def _passed(self, stage: str, name: str, measured: str, limit: str) -> None:
+        """Note a gate that was passed; else its check would have ended the job."""
+        self._gates.append(Gate(stage, name, measured, limit))
+
     def _checkpoint(self, layout: Layout) -> Path:
         """Write the merged checkpoint, in the base's own types, and have it compared with PEFT's layers."""
         target = self._work / "merged"
@@ -383,9 +432,10 @@ class Packaging:
         target = self._work / ADAPTER_NAME
 
         def make() -> dict[str, object]:
-            convert_adapter(
-                self._llama, self._adapter, self._base, target, log=self._log, report=self._report
-            )
+            config, plain = Adapter(self._adapter).config, self._adapter
+            if config.rank_stabilized or config.alpha_pattern:
+                plain = write_plain(self._adapter, self._work / "plain-adapter")
+            convert_adapter(self._llama, plain, self._base, target, log=self._log, report=self._report)
             return {}
 
         self._steps.do("convert-adapter", target, make)
@@ -420,9 +470,16 @@ class Packaging:
         header = read_made(path)
         check_header(header, self._tokenizer, reference, file_name)
         loaded = check_loads(
-            self._llama, path, log=self._work / "server.log", timeout_seconds=self._load_timeout_seconds
-        )
+            self._llama, path,
+            log=self._work / "server.log", timeout_seconds=self._load_timeout_seconds, answers=self._answers,
+        )  # fmt: skip
         check_stops(loaded, self._stops, file_name)
+        stage = "convert" if reference is None else f"quantize {gguf_type}"
+        of = "base's" if reference is None else "16-bit file's"
+        self._passed(stage, "template, tokens, tensors", "the same", f"the {of}")
+        ends = f"at {', '.join(map(str, sorted(loaded.end_ids)))}"
+        wanted = ", ".join(map(str, self._stops)) or "where the base's do"
+        self._passed(stage, "loads, answers, answers end", ends, wanted)
         return GgufReport(path, gguf_type, path.stat().st_size, header, loaded)
 
     def _write_files(self, context_tokens: int, sums: Mapping[str, str]) -> dict[str, Path]:

@@ -52,6 +52,12 @@ class Files:
             self._open[path] = safe_open(path, framework="pt")
         return self._open[path].get_slice(name)
 
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a tensor whose values stay in the file until they are used."""
+        self.slice(name)
+        tensor: torch.Tensor = self._open[self._paths[name]].get_tensor(name)
+        return tensor
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
         return tuple(self.slice(name).get_shape())

@@ -11,22 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from web4lora_chassis.errors import InvalidInput
 from web4lora_chassis.model_files.model_folder import read_model_folder
 
 
-def build(folder: Path) -> Any:
+def build(folder: Path, *, with_buffers: bool = False) -> Any:
     """Return the model of a folder's configuration, its weights without memory.
+
+    Args:
+        folder: The model.
+        with_buffers: What it computes from its configuration alone has memory, and all is float32.
 
     Raises:
         InvalidInput: Transformers knows no such model.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        auto: Any = AutoModelForCausalLM
+        if with_buffers:
+            with init_empty_weights(include_buffers=False):
+                return auto.from_config(config, attn_implementation="eager", dtype=torch.float32)
         with torch.device("meta"):
-            auto: Any = AutoModelForCausalLM
             return auto.from_config(config, attn_implementation="eager")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise InvalidInput(

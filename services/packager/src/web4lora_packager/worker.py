@@ -19,6 +19,7 @@ from web4lora_llamacpp import LlamaCpp, ensure_built, general_name
 
 from web4lora_packager.adapter import ADAPTER_FILES
 from web4lora_packager.base_gguf import BaseGgufs
+from web4lora_packager.next_tokens import Gate, summary
 from web4lora_packager.package import REFERENCE_NAME, GgufReport, Package, Packaging
 from web4lora_packager.reuse import Reuse
 from web4lora_packager.settings import PackagerSettings
@@ -161,6 +162,8 @@ def _store(
             max_abs_error=package.max_abs_error,
             relative_effect=package.merge.relative_effect,
             rounding_error=package.merge.rounding_error,
+            gates=[_gate_message(gate) for gate in package.gates],
+            changed_at=summary(package.gates),
         ),
         reference=reference,
         quantized=quantized,
@@ -173,6 +176,11 @@ def _store(
         result.adapter_gguf.CopyFrom(_gguf_message(switchable.adapter, adapters[0], whole))
         result.adapter_base.CopyFrom(_gguf_message(switchable.base, bases[0], whole))
     return result
+
+
+def _gate_message(gate: Gate) -> packager_pb2.StageGate:
+    changed = [packager_pb2.ChangedAnswer(**vars(each)) for each in gate.changed]
+    return packager_pb2.StageGate(**vars(gate) | {"changed": changed})
 
 
 def _gguf_message(gguf: GgufReport, ref: ArtifactRef, reference: GgufReport) -> packager_pb2.GgufFile:

@@ -108,6 +108,19 @@ def test_results_in_words() -> None:
     assert result_lines(stage("PACKAGE", "SUCCEEDED", package_result=packaged))[1] == (
         "Q4_K_M: 58 % Q5_0, 10 % Q4_K, because rows of 576 are no multiples of 256"
     )
+    gates = [
+        packager_pb2.StageGate(
+            stage="merge", name="base plus adapter", measured="off by 0.0002", passed=True
+        ),
+        packager_pb2.StageGate(stage="convert", measured="0 of 8 answers change", passed=True, answers=8),
+        packager_pb2.StageGate(stage="quantize Q4_K_M", measured="1 of 8", passed=True, answers=8),
+    ]
+    packaged.merge.CopyFrom(packager_pb2.MergeReport(gates=gates, changed_at="changed at: quantize Q4_K_M"))
+    assert result_lines(stage("PACKAGE", "SUCCEEDED", package_result=packaged))[2:] == [
+        "changed at: quantize Q4_K_M",
+        "  convert          0 of 8 answers change",
+        "  quantize Q4_K_M  1 of 8",
+    ]
     packaged.quantized[0].loads = False
     assert "loads ✗" in result_lines(stage("PACKAGE", "SUCCEEDED", package_result=packaged))[0]
 

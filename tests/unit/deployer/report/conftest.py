@@ -30,7 +30,40 @@ RUN = {
             {"type": "Q8_0", "size_bytes": 144_800_000, "size_reduction": 0.466},
         ],
         "llama_cpp_version": "b1-0c1e570",
-        "merge": {"tensors": 272, "seconds": 2.5},
+        "merge": {
+            "tensors": 272,
+            "seconds": 2.5,
+            "changed_at": "changed at: quantize Q4_K_M, 1 of 8 answers, all near ties",
+            "gates": [
+                {
+                    "stage": "merge",
+                    "name": "base plus adapter",
+                    "measured": "off by 0.0002",
+                    "limit": "rounding to F16",
+                    "passed": True,
+                },
+                {
+                    "stage": "quantize Q4_K_M",
+                    "name": "same next tokens",
+                    "measured": "1 of 8 answers change, all near ties; divergence 0.01, at most 0.2",
+                    "limit": "none",
+                    "passed": True,
+                    "answers": 8,
+                    "changed": [
+                        {
+                            "id": "tools.jsonl:7",
+                            "token": 3,
+                            "before": "|",
+                            "after": "`x`",
+                            "before_probability": 0.4,
+                            "after_probability": 0.3,
+                            "kl": 0.2,
+                            "near_tie": True,
+                        }
+                    ],
+                },
+            ],
+        },
     },
     "stages": {"prepare": {"seconds": 3.2}, "train": {"seconds": 221}, "deploy": {"seconds": 4}},
 }

@@ -70,7 +70,8 @@ def test_the_log_reads_from_the_verdict_down(facts: ReportFacts) -> None:
     heads = [line for line in text.splitlines() if line.startswith("## ")]
     assert heads == [
         "## Tool calls: 40 prompts", "## House style (TypeScript): 20 prompts", "## Guardrails: 40 prompts",
-        "## All answers", "## Speed and memory", "## Limits", "## Failing examples", "## How it was measured",
+        "## All answers", "## Speed and memory", "## From adapter to file", "## Limits",
+        "## Failing examples", "## How it was measured",
     ]  # fmt: skip
     assert "| tool call, valid | 40 | 100 % | 97.5 % | 87 to 100 % | 2.5 (" in text
     assert "40 prompts can't tell; about 3,012 that go the same way would" in text
@@ -181,6 +182,16 @@ def test_the_share_of_llama_bench(facts: ReportFacts) -> None:
     assert data["throughput"]["deployed"]["llama_bench_answer_share"] == pytest.approx(0.717, abs=1e-3)
     assert data["throughput"]["reference"]["llama_bench_answer_share"] is None
     assert data["llama_bench"]["threads"] == 2
+
+
+def test_what_each_stage_was_held_against_and_which_changed_answers(facts: ReportFacts) -> None:
+    text = log(facts)
+    section = text[text.index("## From adapter to file") :].partition("\n## ")[0]
+    assert "\n\nChanged at: quantize Q4_K_M, 1 of 8 answers, all near ties.\n\n" in section
+    assert "| merge | base plus adapter | rounding to F16 | off by 0.0002 | ✅ |" in section
+    assert "| tools.jsonl:7 | 3 | \\| (40.0 %) | \\`x\\` (30.0 %) | 0.2 | near tie |" in section
+    old = {**facts.run, "package": {"reference": {"type": "F16"}, "merge": {"tensors": 272}}}
+    assert "From adapter to file" not in log(replace(facts, run=old))
 
 
 def test_each_prompt_that_differs_is_named_with_its_reason(facts: ReportFacts) -> None:

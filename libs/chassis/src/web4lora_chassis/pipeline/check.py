@@ -47,13 +47,12 @@ def problems_of(pipeline: gateway_pb2.Pipeline) -> list[Problem]:
                 between=True,
             )
         )
-    lora = pipeline.train.lora
-    if pipeline.package.adapter_gguf and (lora.use_rslora or lora.use_dora or lora.alpha_pattern):
+    if pipeline.package.adapter_gguf and pipeline.train.lora.use_dora:
         found.append(
             Problem(
                 "package.adapter_gguf",
-                "llama.cpp scales an adapter by alpha / rank alone: rsLoRA, DoRA, alpha_pattern are none.",
-                "Leave out use_rslora, use_dora and alpha_pattern in train.lora, or deploy a merged model.",
+                "llama.cpp adds an adapter to a base, and DoRA is no sum.",
+                "Leave out train.lora.use_dora, or deploy a merged model.",
                 between=True,
             )
         )

@@ -159,6 +159,8 @@ def _merge(run: Mapping[str, Any]) -> Stage:
     names = {"tensors": "tensors", "merged_tensors": "tensors merged", "dtype": "type", "verified": "checked"}
     rows: Rows = []
     for key, value in list(merge.items())[:6]:
+        if key == "changed_at":  # told stage by stage below
+            continue
         if isinstance(value, bool):
             text = "yes" if value else "no"
         elif key.endswith("_bytes"):
@@ -176,6 +178,17 @@ def _merge(run: Mapping[str, Any]) -> Stage:
         else:
             continue
         rows.append((names.get(key, key.removesuffix("_bytes").replace("_", " ")), text))
+    gates = merge.get("gates") or []
+    passed = sum(bool(gate.get("passed")) for gate in gates)
+    rows.append(("gates passed", f"{passed} of {len(gates)}" if gates else ""))
+    rows += [
+        (
+            f"changed by {gate['stage'].rpartition(' ')[2]}",
+            f"{len(gate.get('changed') or ())} of {gate['answers']} answers",
+        )
+        for gate in gates
+        if gate.get("answers")
+    ]
     time = _words(merge.get("seconds"), words.duration)
     headline = "adapter into base" if merge or fact(run, "package") else ""
     return Stage("merge", "Merge", _PACKAGE, time, headline, _known(rows))

@@ -18,6 +18,7 @@ from web4lora_deployer.report.marks import code as _code
 from web4lora_deployer.report.marks import fenced as _fenced
 from web4lora_deployer.report.marks import plain as _plain
 from web4lora_deployer.report.same_answers import same_answers
+from web4lora_deployer.report.stage_gates import stage_gates
 from web4lora_deployer.report.throughput import throughput
 from web4lora_deployer.suite import Answer, Core, Gate, Score, State, Suite, score_details, state_of
 from web4lora_deployer.suite.budgets import points
@@ -49,6 +50,7 @@ def eval_log(facts: ReportFacts, summary: VerifySummary, measured_at: datetime, 
         _speed(facts, summary),
         throughput(facts),
         _plots(plots),
+        stage_gates(facts),
         same_answers(facts),
         changes(facts, summary),
         _gates(summary.gates),

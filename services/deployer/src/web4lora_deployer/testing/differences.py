@@ -74,9 +74,10 @@ class Probe:
 
     def next_tokens(self, tokens: Sequence[int]) -> dict[int, tuple[str, float]]:
         """Return the likeliest tokens behind others: text, and natural logarithm of the probability."""
+        # A part of a sign that is chosen comes without probabilities, so a letter is; they stay as they are.
         body = {
             "prompt": list(tokens), "n_predict": 1, "n_probs": _TOP_TOKENS, "temperature": 0,
-            "cache_prompt": False,
+            "cache_prompt": False, "logit_bias": [["a", 100]],
         }  # fmt: skip
         found = self._ask("/completion", body)["completion_probabilities"][0]["top_logprobs"]
         return {int(each["id"]): (str(each["token"]), float(each["logprob"])) for each in found}
