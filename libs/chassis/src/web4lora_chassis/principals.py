@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -81,9 +81,13 @@ class Principals:
 
     Args:
         home: The stack's home.
+
+    Attributes:
+        keep: Given each principal that is added or changed, before it counts; an error of it ends the change.
     """
 
     def __init__(self, home: Path) -> None:
+        self.keep: Callable[[Principal], None] = _nowhere_else
         self._path = home / PRINCIPALS_FILE
         self._seen: tuple[int, int, int] | None = None
         self._by_id: Mapping[str, Principal] = {}
@@ -156,6 +160,7 @@ class Principals:
                 )
             made = Principal(name, scope, secrets.token_hex(6), "", time.time(), expires_at)
             made, token = _with_token(made)
+            self.keep(made)
             by_id[made.id] = made
         return made, token
 
@@ -177,6 +182,7 @@ class Principals:
                     fix="Add a principal of another name.",
                 )
             found, token = _with_token(replace(found, expires_at=expires_at))
+            self.keep(found)
             by_id[found.id] = found
         return found, token
 
@@ -191,8 +197,25 @@ class Principals:
             found = _named(by_id, name)
             if not found.revoked_at:
                 found = replace(found, revoked_at=time.time())
+                self.keep(found)
                 by_id[found.id] = found
         return found
+
+    def take(self, others: Callable[[], Iterable[Principal]]) -> None:
+        """Write down principals as they are elsewhere, in place of those with the same ids.
+
+        Args:
+            others: Reads them; what it raises ends this.
+
+        Raises:
+            ResourceExhausted, FailedPrecondition: The file can't be read or written.
+        """
+        if {principal.id: principal for principal in others()}.items() <= self._read().items():
+            return
+        with self._changing() as by_id:
+            by_id.update(
+                (principal.id, principal) for principal in others()
+            )  # as they are while none changes
 
     def _read(self) -> Mapping[str, Principal]:
         """Return the principals by id, read anew when the file has changed."""
@@ -246,6 +269,10 @@ class Principals:
             os.close(lock)
 
 
+def _nowhere_else(_principal: Principal) -> None:
+    """Keep a principal in the home alone."""
+
+
 def _with_token(principal: Principal) -> tuple[Principal, str]:
     token = f"w4_{principal.id}_{secrets.token_urlsafe(32)}"
     return replace(principal, token_sha256=_hash(token)), token
@@ -257,9 +284,9 @@ def _hash(token: str) -> str:
 
 
 def _named(by_id: Mapping[str, Principal], name: str) -> Principal:
-    for principal in by_id.values():
-        if principal.name == name:
-            return principal
+    found = [principal for principal in by_id.values() if principal.name == name]
+    if found:  # two of them, where two gateways became one stack: the other is next once this one is revoked
+        return min(found, key=lambda principal: principal.revoked_at)
     raise NotFound(f"There is no principal {shown(name)}.", fix="`web4lora people list` shows all.")
 
 

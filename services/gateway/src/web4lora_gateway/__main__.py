@@ -20,6 +20,7 @@ from web4.lora.v1 import (
 from web4lora_chassis.artifacts import open_store
 from web4lora_chassis.artifacts.index import ManifestIndex
 from web4lora_chassis.errors import FailedPrecondition
+from web4lora_chassis.principals import Principals
 from web4lora_chassis.rpc import Registration, serve, service_process
 
 from web4lora_gateway.access import AccessService
@@ -32,6 +33,7 @@ from web4lora_gateway.deletion import RunDeleter
 from web4lora_gateway.engine import open_engine
 from web4lora_gateway.gateways import Gateways, gateway_id
 from web4lora_gateway.needs import NeedsFinder
+from web4lora_gateway.people import People
 from web4lora_gateway.places import PlaceBook
 from web4lora_gateway.reconciler import Reconciler
 from web4lora_gateway.records import RunRecord
@@ -57,6 +59,8 @@ async def run(settings: GatewaySettings) -> None:
     book = RunBook(database, own)
     cancellations = Cancellations(database, workers)
     results = StageResults(database)
+    principals = Principals(settings.home)
+    people = People(database, principals)
     crew = Crew(database, workers)
 
     async def ended(run_id: str) -> bool:
@@ -70,6 +74,7 @@ async def run(settings: GatewaySettings) -> None:
     open_engine(settings.database_url, own)
     start = workflow.register()
     await gateways.beat()
+    await people.join()
     DBOS.launch()
     reconciler = Reconciler(book, gateways, start, workflow.at_work, workflow.give_up)
     deleter = RunDeleter(database, book, store, settings, workflow.at_work)
@@ -83,6 +88,7 @@ async def run(settings: GatewaySettings) -> None:
         for work in (
             gateways.beat_for_ever(book.all_wait),
             book.keep_up(),
+            people.keep_up(),
             reconciler.reconcile_for_ever(),
             cancellations.deliver(),
             retention.apply_for_ever(),
@@ -118,7 +124,7 @@ async def run(settings: GatewaySettings) -> None:
                     Registration(
                         "web4.lora.v1.AccessService",
                         access_pb2_grpc.add_AccessServiceServicer_to_server,
-                        AccessService(settings.home),
+                        AccessService(principals, settings.home),
                     ),
                 ],
                 settings,

@@ -24,11 +24,12 @@ class AccessService(access_pb2_grpc.AccessServiceServicer):
     """Answers calls about principals and the gateway's audit log.
 
     Args:
+        principals: The principals.
         home: The stack's home, where both are kept.
     """
 
-    def __init__(self, home: Path) -> None:
-        self._principals = Principals(home)
+    def __init__(self, principals: Principals, home: Path) -> None:
+        self._principals = principals
         self._audit = AuditLog(home / "audit", "gateway")
 
     async def CreatePrincipal(

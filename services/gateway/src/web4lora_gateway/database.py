@@ -139,6 +139,18 @@ TRAINERS = sa.Table(
 )
 """What people set of trainers: that one takes no work."""
 
+PRINCIPALS = sa.Table(
+    "web4lora_principals",
+    _METADATA,
+    sa.Column("id", sa.String(12), primary_key=True),
+    sa.Column("name", sa.String(80), nullable=False, unique=True),
+    sa.Column("document", sa.JSON, nullable=False),
+)
+"""Who may call, where several gateways work with the database.
+
+`document` is the Principal; `name` only sees to it that two gateways don't give one name at the same time.
+"""
+
 GATEWAYS = sa.Table(
     "web4lora_gateways",
     _METADATA,
