@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -60,6 +60,7 @@ class LlamaServer:
         adapters: LoRA adapters to load beside the model, each with the scale it is applied with at first; see
             `set_adapters`.
         options: Further options, which win over ours.
+        env: Variables for it that are not set otherwise.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class LlamaServer:
         alias: str = "",
         adapters: Sequence[tuple[Path, float]] = (),
         options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._llama = llama
         self._gguf = gguf
@@ -86,6 +88,7 @@ class LlamaServer:
         self._alias = alias
         self._adapters = tuple(adapters)
         self._options = tuple(options)
+        self._env = dict(env or {})
         self._log_start = 0
         self._base = ""
         self._process: subprocess.Popen[bytes] | None = None
@@ -128,7 +131,7 @@ class LlamaServer:
             self._base = ""
             self._process = process.start(
                 self._command(),
-                env=environment(self._log_file.parent),
+                env=self._env | environment(self._log_file.parent),
                 stdin=subprocess.PIPE,
                 stdout=log,
             )

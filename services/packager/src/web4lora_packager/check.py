@@ -16,6 +16,8 @@ from web4lora_llamacpp import LlamaCpp, LlamaServer
 from web4lora_packager.chat_template import Tokenizer
 from web4lora_packager.next_tokens import Answer, Said, ask_server
 
+_PATIENT = {"OMP_WAIT_POLICY": "passive"}
+"""Threads that spin while they wait make a hundred short questions minutes long on a busy machine."""
 _PROMPT = "Say hello in one sentence."
 _ANSWER_TOKENS = 24
 _CONTEXT_TOKENS = 512
@@ -137,6 +139,7 @@ def check_loads(
     with LlamaServer(
         llama, gguf,
         context_tokens=context_tokens, parallel=1, log_file=log, adapters=adapters, options=_TELL_ENDS,
+        env=_PATIENT,
     ) as server:  # fmt: skip
         server.wait_ready(timeout_seconds)
         load_seconds = time.monotonic() - started
