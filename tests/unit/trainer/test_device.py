@@ -101,6 +101,22 @@ def test_bf16_is_looked_for_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     assert not has_bf16("mps")
 
 
+def test_free_memory_on_mps_is_at_most_metals_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("web4lora_trainer.device.free_host_memory_bytes", lambda: 12_000_000_000)
+    import torch
+
+    mps = Device("mps", "M2", "bf16", 8)
+    for most, free in ((9_000_000_000, 9_000_000_000), (99_000_000_000, 12_000_000_000)):
+        monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda most=most: most)
+        assert mps.free_memory_bytes() == free
+
+
+def test_a_worker_keeps_the_kernels_of_few_steps() -> None:
+    environment = worker_environment()
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        assert int(environment[name]) < 1024
+
+
 def test_the_workers_environment_bounds_mps_memory() -> None:
     environment = worker_environment()
     assert environment["PYTORCH_MPS_HIGH_WATERMARK_RATIO"] == "1.0"

@@ -98,3 +98,15 @@ def test_what_was_measured_takes_the_place_of_what_was_computed(decoder: Decoder
     assert found.seconds == pytest.approx(20.0)
     assert found.peak_memory_bytes == 3_700_000_000 + 113 * TOKENS
     assert (found.steps, found.disk_bytes) == (needed.steps, needed.disk_bytes)
+
+
+def test_the_time_told_counts_held_out_losses_and_the_time_that_probes_may_take(decoder: Decoder) -> None:
+    settings = TrainSettings(held_out_evaluations=4, probes=0)
+    needed = estimate(decoder, rows(), rows(4), settings, CPU)
+    rehearsal = Rehearsal(1, 2.0, TOKENS // 10, TRAINED // 10, held_out_seconds=0.5, held_out_tokens=50)
+
+    def seconds(settings: TrainSettings) -> float:
+        return measured(needed, rehearsal, decoder, rows(), rows(4), settings, CPU).seconds
+
+    assert seconds(settings) == pytest.approx(20.0 + 4 * 4 * 0.5)
+    assert seconds(replace(settings, probes=24)) == pytest.approx(1.1 * 28.0)

@@ -78,9 +78,9 @@ def scores_by_step(monkeypatch: pytest.MonkeyPatch, passed: set[int]) -> None:
     """Ask as ever, but have all prompts pass at these probes, counted by the step, and none at others."""
     ask = Prober.ask
 
-    def told(self: Prober) -> Any:
+    def told(self: Prober, count: int) -> Any:
         step = self._trainer.state.global_step
-        return [dict.fromkeys(result, step in passed) for result in ask(self)]
+        return [dict.fromkeys(result, step in passed) for result in ask(self, count)]
 
     monkeypatch.setattr(Prober, "ask", told)
 
@@ -181,14 +181,23 @@ def test_without_held_out_rows_the_last_is_exported_and_it_is_said(base: Base, t
 
 def test_probes_take_at_most_a_tenth_of_the_time() -> None:
     none = frozenset[int]()
-    assert decide_pace(100, 1.0, 100.0, 0.0, none).times == 10
-    assert decide_pace(100, 3.0, 100.0, 0.0, none).times == 3
-    assert decide_pace(100, 3.0, 100.0, 2.0, none).times == 2
-    assert decide_pace(100, 3.0, 100.0, 2.0, spread(100, 4)).times == 2
-    few = decide_pace(100, 6.0, 100.0, 0.0, none)
+    assert decide_pace(100, 24, lambda _: 1.0, 100.0, 0.0, none).times == 10
+    assert decide_pace(100, 24, lambda _: 3.0, 100.0, 0.0, none).times == 3
+    assert decide_pace(100, 24, lambda _: 3.0, 100.0, 2.0, none).times == 2
+    assert decide_pace(100, 24, lambda _: 3.0, 100.0, 2.0, spread(100, 4)).times == 2
+    third = decide_pace(100, 24, lambda prompts: prompts / 8, 10.0 * 3, 0.0, none)
+    assert (third.times, third.prompts) == (3, 8)
+    assert third.words == (
+        "a probe of 8 prompts takes up to 1.0 s, 3 % of this training: 3 are made instead of 10 of 24, "
+        "for at most 10 % of its time"
+    )
+    half = decide_pace(100, 24, lambda prompts: prompts / 8, 50.0, 0.0, none)
+    assert (half.times, half.prompts) == (3, 12)
+    few = decide_pace(100, 24, lambda _: 6.0, 100.0, 0.0, none)
     assert (few.times, few.steps(100)) == (0, none)
     assert few.words == (
-        "a probe takes up to 6.0 s, 6 % of this training: none is made, for at most 10 % of its time"
+        "a probe of 8 prompts takes up to 6.0 s, 6 % of this training: none is made, "
+        "for at most 10 % of its time"
     )
 
 

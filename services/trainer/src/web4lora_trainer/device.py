@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ _MEASURE_TOKENS = 512
 _GLANCE_TOKENS = 64
 _HOPELESS = 4.0
 _EAGER_LONGEST_ROW_TOKENS = 1024
+_KERNELS_KEPT = "64"
 
 
 def require_one_process(environment: Mapping[str, str]) -> None:
@@ -114,6 +116,8 @@ class Device:
 
         if self.kind != "cpu":
             getattr(torch, self.kind).empty_cache()
+        else:
+            trim_heap()
 
     def peak_memory_bytes(self) -> int:
         """Return the most memory that this process had: on a GPU what its allocator took, else resident."""
@@ -138,7 +142,18 @@ class Device:
 
             free, total = torch.cuda.mem_get_info()
             return min(int(free) + _cuda_memory_bytes({each.pid for each in others}), int(total))
-        return free_host_memory_bytes() + memory_bytes(others)
+        free = free_host_memory_bytes() + memory_bytes(others)
+        if self.kind == "mps":  # a Mac's memory is one, but Metal takes only a part of it
+            import torch
+
+            free = min(free, int(torch.mps.recommended_max_memory()))
+        return free
+
+
+def trim_heap() -> None:
+    """Give the heap's free pages back. Batches of ever other lengths scatter it: it grew with every step."""
+    with contextlib.suppress(AttributeError):  # glibc alone keeps them
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_peak_bytes() -> int:
@@ -152,7 +167,8 @@ def worker_environment() -> dict[str, str]:
 
     MPS: by default its allocator may take more than a Mac has and swap instead of failing; a kernel that
     runs while the display is on may be ended by a watchdog. glibc: buffers of a training step are given back
-    and asked for again thousands of times a second unless its thresholds are raised.
+    and asked for again thousands of times a second unless its thresholds are raised. oneDNN and torch
+    keep the last 1024 kernels each, 0.3 MB a kernel; a step needs some thirty, the next step others.
     """
     return {
         "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0",
@@ -160,6 +176,8 @@ def worker_environment() -> dict[str, str]:
         "AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": _KERNELS_KEPT,
+        "LRU_CACHE_CAPACITY": _KERNELS_KEPT,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",

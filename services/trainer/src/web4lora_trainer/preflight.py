@@ -14,6 +14,7 @@ from web4lora_trainer.batching import LikeLengthBatches
 from web4lora_trainer.decoder import Decoder
 from web4lora_trainer.device import Device
 from web4lora_trainer.encoding import EncodedRows
+from web4lora_trainer.probes import MOST_SHARE
 
 if TYPE_CHECKING:
     import psutil
@@ -85,11 +86,17 @@ def measured(
         decoder, rehearsal.tokens, rehearsal.trained_tokens, settings, checkpointing=needed.checkpointing
     )
     rate = own / max(rehearsal.seconds, 1e-9)
-    flops = _all_flops(decoder, train, held_out, settings, device, checkpointing=needed.checkpointing)
+    an_epoch = training_flops(
+        decoder, train.tokens, train.trained_tokens, settings, checkpointing=needed.checkpointing
+    )
+    seconds = an_epoch * epochs(train, settings, device) / rate
+    if rehearsal.held_out_tokens:
+        a_token = rehearsal.held_out_seconds / rehearsal.held_out_tokens
+        seconds += settings.held_out_evaluations * held_out.tokens * a_token
     return replace(
         needed,
         peak_memory_bytes=rehearsal.peak_memory_bytes + _HOST_BYTES_PER_TOKEN * train.tokens,
-        seconds=flops / rate,
+        seconds=seconds * (1 + MOST_SHARE if settings.probes and held_out.rows else 1),
         rehearsed=True,
     )
 

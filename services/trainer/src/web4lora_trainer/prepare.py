@@ -231,7 +231,7 @@ def prepare(
         notes.append("memory and time are computed, not measured: another job of this trainer is at work")
     elif rehearser is not None:  # nothing else of this prepare is at work, so that it has the processor
         plan = make_plan("", settings, decoder, train, sample, device)
-        rehearsal = rehearser(plan, settings, decoder, train.rows)
+        rehearsal = rehearser(plan, settings, decoder, train.rows, sample.rows)
         if rehearsal is None:
             notes.append(
                 "the rehearsal of the largest step ended before it could tell what it took, as when memory "

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -35,6 +35,8 @@ MOST_SHARE = 0.1
 PACE_FILE = "probes.json"
 CSV_FILE = "probes.csv"
 _FEWEST_TIMES = 2
+_ENOUGH_TIMES = 3
+"""Fewer prompts are asked where all of them could not be asked so often."""
 _SPARE_TOKENS = 8
 """So much longer than the longest wanted answer may an answer be before it is cut off."""
 _COLUMNS = ("step", "score", "prompts", "held_out_loss", "seconds")
@@ -80,14 +82,21 @@ class Probes:
         """Tells these probes from others."""
         return hashlib.sha256(json.dumps([asdict(each) for each in self.prompts]).encode()).hexdigest()
 
-    @property
-    def longest_answer(self) -> int:
-        """Where an answer is cut off, in tokens."""
-        return max((each.wanted_tokens for each in self.prompts), default=0) + _SPARE_TOKENS
+
+def longest_answer(prompts: Sequence[Probe]) -> int:
+    """Return where an answer is cut off, in tokens."""
+    return max((each.wanted_tokens for each in prompts), default=0) + _SPARE_TOKENS
+
+
+def fewer(prompts: int) -> list[int]:
+    """Return how many prompts may be asked: all, half, a third."""
+    return sorted({prompts, -(-prompts // 2), -(-prompts // 3)}, reverse=True)
 
 
 def choose_probes(held_out: EncodedRows, count: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Probes:
-    """Choose prompts of the held-out rows: each kind as often, those with short answers first.
+    """Choose prompts of the held-out rows: each kind as often, those with the shortest answers first.
+
+    A probe takes as long as its longest answer.
 
     A kind is what is checked: a guardrail that must be kept and one that must not get in the way are two.
 
@@ -116,12 +125,8 @@ def choose_probes(held_out: EncodedRows, count: int, seed: int, tokenizer: PreTr
             continue
         kinds.setdefault(tuple(found), []).append(probe)
     for kind, probes in kinds.items():
+        random.Random(f"{seed} {kind}").shuffle(probes)  # noqa: S311 - a sample, not a secret
         probes.sort(key=lambda each: each.wanted_tokens)
-        half = -(-len(probes) // 2)
-        dice = random.Random(f"{seed} {kind}")  # noqa: S311 - a sample, not a secret
-        kinds[kind] = [
-            part for each in (probes[:half], probes[half:]) for part in dice.sample(each, len(each))
-        ]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*(kinds[kind] for kind in sorted(kinds))))
     prompts = [probe for probe in turns if probe is not None][:count]
     parts = []
@@ -247,20 +252,27 @@ class Pace:
         times: How often, the end included; 0 when even two would take too long.
         probe_seconds: What one takes at most.
         training_seconds: What all steps take, by those made so far.
+        prompts: How many are asked.
+        chosen: How many there are.
     """
 
     times: int
     probe_seconds: float
     training_seconds: float
+    prompts: int
+    chosen: int
 
     @property
     def words(self) -> str:
         """What people should know; empty when all is as planned."""
-        if self.times >= TIMES:
+        if self.times >= TIMES and self.prompts == self.chosen:
             return ""
         share = 100 * self.probe_seconds / max(self.training_seconds, 1e-9)
-        takes = f"a probe takes up to {self.probe_seconds:.1f} s, {share:.0f} % of this training"
+        of = f" of {self.prompts} prompts" if self.prompts < self.chosen else ""
+        takes = f"a probe{of} takes up to {self.probe_seconds:.1f} s, {share:.0f} % of this training"
         instead = f"{self.times} are made instead of {TIMES}" if self.times else "none is made"
+        if self.times and of:
+            instead += f" of {self.chosen}"
         return f"{takes}: {instead}, for at most {100 * MOST_SHARE:.0f} % of its time"
 
     def steps(self, total: int) -> frozenset[int]:
@@ -280,25 +292,36 @@ def first_step(total: int) -> int:
 
 
 def decide_pace(
-    total: int, probe_seconds: float, training_seconds: float, loss_seconds: float, loss_at: frozenset[int]
+    total: int,
+    prompts: int,
+    probe_seconds: Callable[[int], float],
+    training_seconds: float,
+    loss_seconds: float,
+    loss_at: frozenset[int],
 ) -> Pace:
-    """Return how often a training can be probed.
+    """Return how often a training can be probed, with fewer prompts where all would leave too few probes.
 
     Args:
         total: Its steps.
-        probe_seconds: What a probe takes at most.
+        prompts: How many there are.
+        probe_seconds: What a probe of so many of them takes at most.
         training_seconds: What all its steps take.
         loss_seconds: What measuring the held-out loss takes, as is done with every probe.
         loss_at: The steps after which it is measured anyway.
     """
 
-    def cost(times: int) -> float:
+    def cost(times: int, asked: int) -> float:
         steps = spread(total, times)
-        return len(steps) * probe_seconds + len(steps - loss_at) * loss_seconds
+        return len(steps) * probe_seconds(asked) + len(steps - loss_at) * loss_seconds
 
     most = MOST_SHARE * training_seconds
-    times = next((n for n in range(min(TIMES, total), _FEWEST_TIMES - 1, -1) if cost(n) <= most), 0)
-    return Pace(times, probe_seconds, training_seconds)
+    times, asked = 0, prompts
+    for asked in fewer(prompts):
+        often = range(min(TIMES, total), _FEWEST_TIMES - 1, -1)
+        times = next((n for n in often if cost(n, asked) <= most), 0)
+        if times >= min(_ENOUGH_TIMES, total):
+            break
+    return Pace(times, probe_seconds(asked), training_seconds, asked, prompts)
 
 
 class PaceFile:

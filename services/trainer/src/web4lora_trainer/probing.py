@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from web4lora_trainer.probes import Probe, Probes, answer_text
+from web4lora_trainer.probes import Probe, Probes, answer_text, fewer, longest_answer
 from web4lora_trainer.sft import AnswerTrainer
 
 _TIMED_TOKENS = 5
@@ -34,27 +34,49 @@ class Prober:
         base: Any = trainer.peft_model.get_base_model()
         base.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         self._tokenizer = tokenizer
-        self._batches = list(batches_of(probes.prompts, probes.longest_answer, tokens_at_once))
-        self._longest = probes.longest_answer
+        self.prompts = probes.prompts
+        self._tokens_at_once = tokens_at_once
 
-    def ask(self) -> list[Mapping[str, bool]]:
-        """Return which checks each answer passes."""
+    def ask(self, count: int) -> list[Mapping[str, bool]]:
+        """Return which checks the answers to so many prompts pass."""
         results: list[Mapping[str, bool]] = []
-        for batch in self._batches:
-            for probe, ids in zip(batch, self._answers(batch, self._longest), strict=True):
+        longest = longest_answer(self.prompts[:count])
+        for batch in self._batches(count):
+            for probe, ids in zip(batch, self._answers(batch, longest), strict=True):
                 ends = [place for place, token in enumerate(ids) if token in self._stops([probe])]
                 text = answer_text(ids[: ends[0]] if ends else ids, self._tokenizer)
                 results.append(probe.grade(text, ended=bool(ends)))
         return results
 
-    def seconds(self) -> float:
-        """Return how long asking takes at most, by a batch's prompts and the first tokens behind them."""
+    def seconds(self) -> Callable[[int], float]:
+        """Return how long asking so many prompts takes at most.
+
+        A few prompts and one alone are timed, read and with the first tokens behind them: time grows in a
+        line with the prompts at once.
+        """
+        few = self._batches(fewer(len(self.prompts))[-1])[0]
+        timed, alone = self._timed(few), self._timed(few[:1])
+
+        def seconds(count: int) -> float:
+            tokens, total = longest_answer(self.prompts[:count]), 0.0
+            for batch in self._batches(count):
+                part = (len(batch) - 1) / max(len(few) - 1, 1)
+                read, each = (a + max(b - a, 0.0) * part for a, b in zip(alone, timed, strict=True))
+                total += read + each * (tokens - 1)
+            return total
+
+        return seconds
+
+    def _timed(self, batch: Sequence[Probe]) -> tuple[float, float]:
+        """Return the seconds to read prompts, and to write a token behind each."""
         clock = _Clock()
-        batch = self._batches[0]
         self._answers(batch, _TIMED_TOKENS, fewest=_TIMED_TOKENS, clock=clock)
-        read, last = clock.stamps[0] - clock.began, clock.stamps[-1] - clock.stamps[0]
-        each = last / (len(clock.stamps) - 1)
-        return (read + each * (self._longest - 1)) * len(self._batches)
+        last = clock.stamps[-1] - clock.stamps[0]
+        return clock.stamps[0] - clock.began, last / (len(clock.stamps) - 1)
+
+    def _batches(self, count: int) -> list[list[Probe]]:
+        prompts = self.prompts[:count]
+        return list(batches_of(prompts, longest_answer(prompts), self._tokens_at_once))
 
     def _stops(self, batch: Sequence[Probe]) -> list[int]:
         return sorted({*(probe.stop for probe in batch), int(self._tokenizer.eos_token_id)})

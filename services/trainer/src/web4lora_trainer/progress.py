@@ -201,12 +201,12 @@ class StepReporter(TrainerCallback):
             assert self._trainer is not None
             began = time.perf_counter()
             a_step = (self._seconds + began - self._step_began) / step
-            a_token = a_step * step / max(self._tokens + self._trainer.tokens_seen - self._seen[0], 1)
             self._pace = decide_pace(
                 self._total,
+                len(self._prober.prompts),
                 self._prober.seconds(),
                 a_step * self._total,
-                a_token * self._trainer.held_out_tokens,  # a forward pass alone costs less
+                self._trainer.held_out_seconds(),
                 self._measure_at,
             )
             self._pace_file.write(self._pace)
@@ -227,7 +227,8 @@ class StepReporter(TrainerCallback):
         self._log.append(replace(row, held_out_loss=self._held_out))
         if self._probe_due and self._prober is not None:
             began = time.perf_counter()
-            results = self._prober.ask()
+            assert self._pace is not None
+            results = self._prober.ask(self._pace.prompts)
             loss = math.nan if self._held_out is None else self._held_out
             self._probe_log.append(ProbeRow.of(row.step, results, loss, time.perf_counter() - began))
             self._report_row(row)

@@ -17,7 +17,7 @@ from web4lora_trainer.preflight import epochs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HELD_OUT_SHARE = 0.04
+_HELD_OUT_SHARE = 0.02
 _MIN_HELD_OUT_ROWS = 16
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from web4lora_chassis.model_files.trained_conversations import IGNORED
 from web4lora_trainer.answer_loss import AnswerLoss, ScaleGradient
 from web4lora_trainer.batching import Collator, LikeLengthBatches
 from web4lora_trainer.checkpoints import seal
+from web4lora_trainer.device import trim_heap
 from web4lora_trainer.encoding import Encoded
 from web4lora_trainer.ladder import Rung
 from web4lora_trainer.plan import TrainPlan
@@ -35,6 +37,8 @@ from web4lora_trainer.plan import TrainPlan
 PROBE_STEPS = 8
 """Steps at the start in which any non-finite loss means that the number format is wrong."""
 _MAX_NON_FINITE_IN_A_ROW = 5
+_TRIM_STEPS = 4
+"""Steps between two times that a CPU's heap is given back: the step after that asks for its pages anew."""
 _FP16_TOKEN_SCALE = 1024.0
 """A token's gradient is multiplied by this on its way back, so that it does not vanish in fp16."""
 _SCALE_FILE = "loss_scale.json"
@@ -235,11 +239,19 @@ class AnswerTrainer(SFTTrainer):
                 reason="ARCHITECTURE_UNSUPPORTED",
             )
 
-    @property
-    def held_out_tokens(self) -> int:
-        """Tokens of the held-out rows that are measured on."""
+    def held_out_seconds(self) -> float:
+        """Return how long measuring the held-out loss takes, by the batch with the longest rows."""
         rows: Any = self.eval_dataset
-        return sum(map(len, rows["input_ids"])) if rows is not None else 0
+        tokens = [len(ids) for ids in rows["input_ids"]]
+        with torch.random.fork_rng(devices=[]):
+            batch = self._prepare_inputs(list(self.get_eval_dataloader())[-1])
+        self.peft_model.eval()
+        began = time.perf_counter()
+        with torch.no_grad():
+            self._summed_loss(batch)
+        spent = time.perf_counter() - began
+        self.peft_model.train()
+        return spent * sum(tokens) / int(batch["attention_mask"].sum())
 
     def evaluate(
         self,
@@ -248,6 +260,7 @@ class AnswerTrainer(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Measure the held-out loss, each labelled token weighing the same."""
+        self._plan.device.release_memory()
         self.peft_model.eval()
         total, tokens = 0.0, 0
         # A loader draws a number when its batches begin, and dropout would go on from another one.
@@ -298,7 +311,9 @@ class AnswerTrainer(SFTTrainer):
         return super()._get_grad_norm(model, clipped)  # type: ignore[no-untyped-call]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """Keep the step's batches: fp16 may need them a second time."""
+        """Keep the step's batches: fp16 may need them a second time. Between steps the heap is given back."""
+        if self._plan.device.kind == "cpu" and self.state.global_step % _TRIM_STEPS == 0:
+            trim_heap()
         self._step_batches, self._step_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         return self._step_batches, self._step_tokens
 
