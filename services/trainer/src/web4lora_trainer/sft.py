@@ -37,7 +37,7 @@ from web4lora_trainer.plan import TrainPlan
 PROBE_STEPS = 8
 """Steps at the start in which any non-finite loss means that the number format is wrong."""
 _MAX_NON_FINITE_IN_A_ROW = 5
-_TRIM_STEPS = 4
+_TRIM_STEPS = 8
 """Steps between two times that a CPU's heap is given back: the step after that asks for its pages anew."""
 _FP16_TOKEN_SCALE = 1024.0
 """A token's gradient is multiplied by this on its way back, so that it does not vanish in fp16."""
