@@ -212,10 +212,8 @@ class Principals:
         """
         if {principal.id: principal for principal in others()}.items() <= self._read().items():
             return
-        with self._changing() as by_id:
-            by_id.update(
-                (principal.id, principal) for principal in others()
-            )  # as they are while none changes
+        with self._changing() as by_id:  # read again, as they are while none changes here
+            by_id.update((principal.id, principal) for principal in others())
 
     def _read(self) -> Mapping[str, Principal]:
         """Return the principals by id, read anew when the file has changed."""
