@@ -29,7 +29,9 @@ def ask(work: str, home: Path, *folders: Path) -> dict[str, Any]:
         Internal: It failed otherwise; the message has its last lines.
     """
     command: list[str | Path] = [sys.executable, "-I", "-m", __name__, work, *folders]
-    answer: dict[str, Any] = json.loads(process.run(command, env=environment(home)).strip().splitlines()[-1])
+    # Threads that spin while they wait starve each other on a busy machine.
+    env = {"OMP_WAIT_POLICY": "passive"} | environment(home)
+    answer: dict[str, Any] = json.loads(process.run(command, env=env).strip().splitlines()[-1])
     raise_error(answer)
     return answer
 
