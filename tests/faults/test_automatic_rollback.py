@@ -181,8 +181,8 @@ def test_a_model_that_ollama_can_not_load(
     sha256 = Deployments(stack.settings.deployer_home).get(new.id).sha256
     blob = _models_of(ollama) / "blobs" / f"sha256-{sha256}"
     whole = blob.read_bytes()
-    OllamaApi(ollama).unload(new.id)
-    stack.stop()
+    stack.stop()  # before the model is unloaded: the guard may be asking it, which loads it again
+    eventually(lambda: _unloaded(ollama))
     blob.write_bytes(whole[: len(whole) // 2])
     stack.start()  # a model that has answered is asked again when the deployer starts
     rolled_back(stack, old)
@@ -190,6 +190,13 @@ def test_a_model_that_ollama_can_not_load(
     for each in (old, new):
         stack.delete(each.id)
     blob.unlink(missing_ok=True)
+
+
+def _unloaded(ollama: str) -> bool | None:
+    loaded = httpx2.get(f"{ollama}/api/ps").raise_for_status().json()["models"]
+    for model in loaded:
+        OllamaApi(ollama).unload(model["name"])
+    return None if loaded else True
 
 
 def _models_of(ollama: str) -> Path:
