@@ -165,6 +165,9 @@ def test_packages_a_model(stack: Stack, tmp_path: Path, base: Path, adapter: Pat
     result = job.result.package
     assert result.llama_cpp_version == info.llama_cpp_version
     assert (result.merge.adapter_tensors, result.merge.merged_tensors) == (16, 8)
+    (uncompared,) = [gate for gate in result.merge.gates if not gate.passed]
+    assert uncompared.measured == "not compared: training kept no answers beside the adapter"
+    assert not result.merge.changed_at
     assert 0 < result.merge.relative_effect < 1
     assert result.merge.max_abs_error < 0.01
     assert 0 < result.merge.rounding_error < 0.005

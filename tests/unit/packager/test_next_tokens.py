@@ -52,6 +52,12 @@ def test_the_divergence_is_that_of_the_likely_tokens_and_the_rest() -> None:
     )
 
 
+def test_what_is_no_number_is_no_agreement() -> None:
+    answers, sure, none = [Answer("one", (1, 2), 1)], _likely(a=0.9, b=0.1), {ord("a"): math.nan}
+    for before, after in ((none, sure), (sure, none), (none, none)):
+        assert not compare("convert", answers, _said([before]), _said([after]), limit=0.1).passed
+
+
 def test_an_answer_changes_where_another_token_is_the_likeliest() -> None:
     answers = [Answer(name, (1, 2, 3), 1) for name in ("same", "tie", "odd")]
     sure, tie, other = _likely(a=0.8, b=0.1), _likely(a=0.45, b=0.4), _likely(b=0.6, a=0.3)

@@ -158,11 +158,12 @@ def _packaged(result: packager_pb2.PackageResult) -> list[str]:
 
 def _changed(merge: packager_pb2.MergeReport) -> list[str]:
     """Return which stage changed answers: a line, and a row for each stage that was compared."""
+    told = [f"{NOTE} {gate.stage}: {gate.measured}" for gate in merge.gates if not gate.passed]
     compared = [gate for gate in merge.gates if gate.answers]
     if not compared:
-        return []
+        return told
     width = max(len(gate.stage) for gate in compared)
-    return [merge.changed_at, *(f"  {gate.stage:<{width}}  {gate.measured}" for gate in compared)]
+    return [merge.changed_at, *(f"  {gate.stage:<{width}}  {gate.measured}" for gate in compared), *told]
 
 
 def _deployed(result: deployer_pb2.DeployResult) -> str:

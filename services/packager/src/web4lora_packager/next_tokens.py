@@ -188,7 +188,7 @@ def divergence(before: Likely, after: Likely) -> float:
     """Return the Kullback-Leibler divergence in nats, the tokens that were not likely before taken as one.
 
     It is never above that of all tokens. One that is not told of after a stage counts as the least likely
-    that is.
+    that is. It is infinite where a probability is no number.
     """
     tokens = list(before)[:TOP_TOKENS]
     least = min(after.values())
@@ -197,7 +197,8 @@ def divergence(before: Likely, after: Likely) -> float:
     p.append(max(_LEAST, 1 - sum(p)))
     q.append(max(_LEAST, 1 - sum(q)))
     pairs = zip(p, q, strict=True)
-    return max(0.0, sum(one * math.log(max(one, _LEAST) / max(other, _LEAST)) for one, other in pairs))
+    total = sum(one * math.log(max(one, _LEAST) / max(other, _LEAST)) for one, other in pairs)
+    return math.inf if math.isnan(sum(p) + sum(q)) else max(0.0, total)
 
 
 def summary(gates: Iterable[Gate]) -> str:

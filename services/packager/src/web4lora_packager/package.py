@@ -329,6 +329,7 @@ class Packaging:
     def _expected(self) -> Said | None:
         """Ask Transformers and PEFT how likely they make the answers that training kept."""
         if not self._answers:
+            self._not_compared("training kept no answers beside the adapter")
             return None
         target = self._work / "expected.json"
 
@@ -340,8 +341,7 @@ class Packaging:
         self._steps.do("expect", target, make)
         told = json.loads(target.read_text(encoding="utf-8"))
         if "left_out" in told:
-            why = f"not compared, Transformers can't be asked: {told['left_out']}"
-            self._passed("convert", "same next tokens", why, "none")
+            self._not_compared(f"Transformers can't be asked about this model: {told['left_out']}")
             return None
         return Said(tuple(tuple(dict(place) for place in answer) for answer in told["likely"]), {})
 
@@ -360,6 +360,10 @@ class Packaging:
             )
         self._gates.append(gate)
         self._report(Progress("compare answers", message=summary([gate])))
+
+    def _not_compared(self, why: str) -> None:
+        """Note that the 16-bit file was not held against Transformers: that is no gate passed."""
+        self._gates.append(Gate("convert", "same next tokens", f"not compared: {why}", "none", passed=False))
 
     def _passed(self, stage: str, name: str, measured: str, limit: str) -> None:
         """Note a gate that was passed; else its check would have ended the job."""

@@ -121,6 +121,9 @@ def test_results_in_words() -> None:
         "  convert          0 of 8 answers change",
         "  quantize Q4_K_M  1 of 8",
     ]
+    why = "not compared: training kept no answers"
+    packaged.merge.CopyFrom(packager_pb2.MergeReport(gates=[{"stage": "convert", "measured": why}]))
+    assert result_lines(stage("PACKAGE", "SUCCEEDED", package_result=packaged))[2:] == [f"! convert: {why}"]
     packaged.quantized[0].loads = False
     assert "loads ✗" in result_lines(stage("PACKAGE", "SUCCEEDED", package_result=packaged))[0]
 

@@ -190,6 +190,12 @@ def test_what_each_stage_was_held_against_and_which_changed_answers(facts: Repor
     assert "\n\nChanged at: quantize Q4_K_M, 1 of 8 answers, all near ties.\n\n" in section
     assert "| merge | base plus adapter | rounding to F16 | off by 0.0002 | ✅ |" in section
     assert "| tools.jsonl:7 | 3 | \\| (40.0 %) | \\`x\\` (30.0 %) | 0.2 | near tie |" in section
+    gates = [
+        {"stage": "convert", "name": "same next tokens", "limit": "none", "measured": "not compared: why"}
+    ]
+    uncompared = {**facts.run, "package": {**facts.run["package"], "merge": {"gates": gates}}}
+    row = "| convert | same next tokens | none | not compared: why | 🟡 |"
+    assert row in log(replace(facts, run=uncompared))
     old = {**facts.run, "package": {"reference": {"type": "F16"}, "merge": {"tensors": 272}}}
     assert "From adapter to file" not in log(replace(facts, run=old))
 

@@ -19,7 +19,7 @@ def stage_gates(facts: ReportFacts) -> str:
     rows = [
         [
             plain(gate["stage"]), plain(gate["name"]), plain(gate["limit"]), plain(gate["measured"]),
-            SIGNS[State.PASSED if gate.get("passed") else State.FAILED],
+            SIGNS[State.PASSED if gate.get("passed") else State.UNDECIDED],
         ]
         for gate in gates
     ]  # fmt: skip
